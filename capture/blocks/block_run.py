@@ -17,12 +17,13 @@ from torch.overrides import TorchFunctionMode
 
 from residua.capture.hooks.attention import AttentionTap, intercepting
 from residua.capture.hooks.own_attention import FUSED, SOFTMAX
-from residua.capture.hooks.torch_calls import LINEAR, MULTIPLICATIONS
+from residua.capture.hooks.torch_calls import CALLS
 from residua.capture.runtime.module_io import input_item, output_item
 from residua.store.base.errors import CaptureError
 
 FoundT = TypeVar("FoundT")
 
+_OF_STREAM = ("product", "sum")  # there are many others in a block
 _A_ROW_EACH = 2  # axes of a tensor with a row for each token
 _MANY = 8  # a longer list of modules in a block holds experts, which see a part of the tokens
 
@@ -46,14 +47,14 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class TorchCall:
-    """A linear map, or a multiplication element by element, that ran in a block.
+    """A call of one of `residua.capture.hooks.torch_calls.CALLS` that ran in a block.
 
     Attributes:
         time: Its number among the events of the block.
         path: The innermost module that was running, relative to the block.
         number: Its number among those of its kind in that module's forward, without those of modules in it.
         taken: What it was applied to.
-        values: The result.
+        values: The result; of a choice, the indices.
     """
 
     time: int
@@ -100,11 +101,11 @@ class BlockRun:
         values: The values that calls of the interface took, each (examples, heads, positions, width).
         given: What each module gave, of any size.
         shapes: Shape and dtype of what last entered each module in it.
-        linear: The linear maps in it.
-        products: The multiplications in it whose result has as many elements as `entered`.
+        calls: From each kind of `CALLS` to those in it; of products and sums, those whose result has as many elements
+            as `entered`.
         experts: The calls of modules of experts in it.
-        running: The modules in it that are running, the innermost last, with the numbers of linear maps and of
-            multiplications in each so far, without those of modules in it.
+        running: The modules in it that are running, the innermost last, with the number of calls of each kind of
+            `CALLS` in each so far, without those of modules in it.
     """
 
     path: str
@@ -117,10 +118,9 @@ class BlockRun:
     values: list[Tensor] = field(default_factory=list)
     given: dict[str, Tensor] = field(default_factory=dict)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
-    linear: list[TorchCall] = field(default_factory=list)
+    calls: dict[str, list[TorchCall]] = field(default_factory=lambda: {kind: [] for kind in CALLS})
     experts: list[ExpertsCall] = field(default_factory=list)
-    products: list[TorchCall] = field(default_factory=list)
-    running: dict[str, list[int]] = field(default_factory=lambda: {"": [0, 0]})
+    running: dict[str, Counter[str]] = field(default_factory=lambda: {"": Counter()})
     _time: int = 0
 
     def leave_out_repeated(self) -> None:
@@ -134,15 +134,15 @@ class BlockRun:
         self._time += 1
         return self._time
 
-    def note_call(self, taken: object, result: Tensor, *, is_linear: bool) -> None:
-        """Note a linear map or a multiplication."""
+    def note_call(self, kind: str, taken: object, result: Tensor) -> None:
+        """Note a call of one of `CALLS`."""
         path, numbers = next(reversed(self.running.items()))
-        number = numbers[not is_linear]
-        numbers[not is_linear] += 1
-        if isinstance(taken, Tensor) and (is_linear or result.numel() == self.entered.numel()):
+        number = numbers[kind]
+        numbers[kind] += 1
+        if isinstance(taken, Tensor) and (kind not in _OF_STREAM or result.numel() == self.entered.numel()):
             both = taken.detach(), result.detach()
             call = TorchCall(time=self.tick(), path=path, number=number, taken=both[0], values=both[1])
-            (self.linear if is_linear else self.products).append(call)
+            self.calls[kind].append(call)
 
     def note_input(self, path: str, items: Sequence[object]) -> None:
         """Note what a module takes, if it is a module of experts."""
@@ -258,7 +258,7 @@ def _around(
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensor = _tensor(lambda: input_item(args, kwargs, None, path))
         if block in runs:
-            runs[block].running[path] = [0, 0]
+            runs[block].running[path] = Counter()
             runs[block].note_input(path, [*args, *kwargs.values()])
         if keeps and tensor is not None and block in runs:
             runs[block].shapes[path] = (tuple(tensor.shape), tensor.dtype)
@@ -320,15 +320,16 @@ class _CallClock(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Compute as always, and note a softmax over keys, a linear map or a product."""
+        """Compute as always, and note a softmax over keys, and the calls of `CALLS`."""
         result = func(*args, **(kwargs or {}))
         if func in _FUSED or (func in SOFTMAX and _is_over_keys(result)):
             for run in self._runs.values():
                 run.attention.append((run.tick(), next(reversed(run.running))))
-        if func in LINEAR or func in MULTIPLICATIONS:
+        kind = next((kind for kind, functions in CALLS.items() if func in functions), None)
+        if kind is not None:
             taken = args[0] if args else (kwargs or {}).get("input")
             for run in self._runs.values():
-                run.note_call(taken, result, is_linear=func in LINEAR)
+                run.note_call(kind, taken, result[1] if kind == "choice" else result)
         return result
 
 

@@ -3,7 +3,8 @@
 The experts are one module in transformers, which takes the tokens, which experts each of them goes to, and the weights
 of these; it gives the weighted sum. The router's logits are the result of the last linear map before it that has an
 entry for each expert; that they decide is proved later, by other
-values there.
+values there. Where no module takes the choice (Llama 4 runs every expert on all tokens, JetMoE sorts the tokens by
+expert), it is the one choice of the largest results of a linear map in an MLP that holds experts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from residua.capture.blocks.block_parts import Stage
-from residua.capture.blocks.block_run import BlockRun, Event, ExpertsCall
+from residua.capture.blocks.block_parts import Part, Stage
+from residua.capture.blocks.block_run import BlockRun, Event, ExpertsCall, TorchCall
 from residua.capture.blocks.sums import factors_of, is_sum, nearest, shows
 from residua.capture.hooks.site import SiteInfo, Via
 
@@ -79,6 +80,8 @@ def experts_in(run: BlockRun, stages: Sequence[Stage]) -> Experts:
         run: A run of the block.
         stages: What the block adds to the residual stream.
     """
+    if not run.experts and (choice := _choice(run, stages)) is not None:
+        return _of_choice(run, *choice)
     if len(run.experts) != 1:
         what = f"runs {len(run.experts)} modules of" if run.experts else "has no module of"
         reason = f"{run.path} {what} experts that take the chosen experts of each token and their weights"
@@ -93,7 +96,9 @@ def experts_in(run: BlockRun, stages: Sequence[Stage]) -> Experts:
     }
     problems: dict[str, str] = {}
     n_experts = _number_of_experts(run.module.get_submodule(call.path))
-    logits = [each for each in run.linear if each.time < call.time and _may_be_logits(each.values, call, n_experts)]
+    logits = [
+        each for each in run.calls["linear"] if each.time < call.time and _may_be_logits(each.values, call, n_experts)
+    ]
     if logits:
         last = logits[-1]
         shape, dtype = tuple(last.values.shape), last.values.dtype
@@ -124,6 +129,68 @@ def _number_of_experts(module: nn.Module) -> int | None:
     """Return the first axis of the experts' weights; None if they are in no stacks."""
     stacks = [parameter for parameter in module.parameters() if parameter.ndim > _OF_A_MATRIX]
     return int(stacks[0].shape[0]) if stacks else None
+
+
+def _choice(run: BlockRun, stages: Sequence[Stage]) -> tuple[Part, TorchCall, TorchCall] | None:
+    """Return the MLP that chooses experts by itself, the linear map of its router and the choice; None if none does."""
+    found = []
+    for call in run.calls["choice"]:
+        parts = (part for stage in stages for part in stage.parts if not part.attends and part.holds(call.path))
+        part = next(parts, None)
+        if part is None or call.taken.ndim != _TOKENS_AS_ONE_AXIS or call.values.numel() == call.taken.numel():
+            continue
+        stacks = [m for m in run.module.get_submodule(part.path).modules() if is_of_experts(m)]
+        logits = (each for each in run.calls["linear"] if each.time < call.time)
+        same = [each for each in logits if _is_same(each.values, call.taken)]
+        if same and any(_number_of_experts(module) == call.taken.shape[-1] for module in stacks):
+            found.append((part, same[-1], call))
+    return found[0] if len(found) == 1 else None
+
+
+def _is_same(values: Tensor, other: Tensor) -> bool:
+    return values.shape == other.shape and torch.equal(values.to(other.dtype), other)
+
+
+def _of_choice(run: BlockRun, part: Part, logits: TorchCall, choice: TorchCall) -> Experts:
+    """Return the mixture of experts of an MLP that chooses them by itself."""
+    spots = {"router_logits": _result(logits, "linear"), "expert_index": _result(choice, "choice")}
+    problems = {}
+    largest = choice.taken.gather(-1, choice.values)
+    weights = [each for each in run.calls["softmax"] if each.time > choice.time and _is_same(largest, each.taken)]
+    if weights:
+        spots["expert_weight"] = _result(weights[0], "softmax")
+    else:
+        problems["expert_weight"] = (
+            f"{run.path} makes no tensor with a weight for each chosen expert; the weights follow from router_logits "
+            "and expert_index (in Llama 4 they are the sigmoid of the chosen logits)"
+        )
+    total = next(event for event in run.outputs if event.time == part.time)
+    inside = [event for event in run.outputs if event.path.startswith(f"{part.path}.") and event.time < total.time]
+    problems["routed_out"] = f"no sum over experts in {run.path} adds up to {part.path}"
+    problems["shared_out"] = f"no shared expert is found beside the routed ones of {run.path}"
+    for call in reversed([each for each in run.calls["sum"] if part.holds(each.path) and each.time < total.time]):
+        routed = call.values.reshape(total.values.shape)
+        shared = (event for event in reversed(inside) if is_sum(total.values, routed, event.values))
+        beside = next((event for event in shared if shows(routed, event.values)), None)
+        if beside is None and not _differs_by_bias(total.values, routed):
+            continue
+        spots["routed_out"] = replace(_result(call, "sum"), factor=part.factor)
+        if beside is not None:
+            spots["shared_out"] = _output(beside, part.factor)
+        break
+    return Experts(spots=spots, problems={kind: why for kind, why in problems.items() if kind not in spots})
+
+
+def _result(call: TorchCall, via: Via) -> Spot:
+    shape, dtype = tuple(call.values.shape), call.values.dtype
+    return Spot(path=call.path, via=via, index=call.number, shape=shape, dtype=dtype)
+
+
+def _differs_by_bias(total: Tensor, routed: Tensor) -> bool:
+    """Return whether a tensor is another one and the same vector for all tokens, to rounding."""
+    rest = total.double() - routed.double()
+    slack = 8 * torch.finfo(total.dtype).eps * total.abs().amax()
+    return bool(routed.abs().amax() > 0) and bool(((rest - rest[:1, :1]).abs() <= slack).all())
 
 
 def _with_outputs(run: BlockRun, path: str, stages: Sequence[Stage], experts: Experts) -> Experts:
@@ -172,7 +239,7 @@ def _output(event: Event, factor: float) -> Spot:
 
 def _gated(run: BlockRun, routed: Event, total: Event) -> Spot | None:
     """Return the product of a gate and a shared expert that, with the routed ones, makes the total."""
-    for call in reversed(run.products):
+    for call in reversed(run.calls["product"]):
         values = call.values.reshape(total.values.shape)
         if call.time < total.time and is_sum(total.values, routed.values, values) and shows(routed.values, values):
             shape, dtype = tuple(call.values.shape), call.values.dtype

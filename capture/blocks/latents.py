@@ -22,7 +22,7 @@ def latent_in(run: BlockRun) -> Spot | str:
     if len(run.values) != 1:
         return f"{run.path} calls transformers' attention interface {len(run.values)} times instead of once"
     width = run.entered.shape[-1]
-    for linear in reversed(run.linear):
+    for linear in reversed(run.calls["linear"]):
         if linear.taken.shape[-1] != width and _makes_values(linear, run.values[0]):
             return _where(run, linear)
     return f"{run.path} makes its keys and values of what it takes, and of no narrower vector"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from residua.capture.hooks.attention import AttentionTap, intercepting
 from residua.capture.hooks.forward_call import ForwardCall, SiteTensor
 from residua.capture.hooks.site import SiteInfo
-from residua.capture.hooks.torch_calls import LINEAR, MULTIPLICATIONS, watching_call
+from residua.capture.hooks.torch_calls import CALLS, watching_call
 from residua.capture.runtime.checkpointing import following
 from residua.capture.runtime.module_io import (
     checked_replacement,
@@ -81,9 +81,9 @@ def attached(
     first = is_zero3(modules[""])
     with ExitStack() as stack:
         for info in chosen:
-            if info.via in _CALLS:
+            if info.via in CALLS:
                 reader = _Reader(info, call, on_tensor, on_problem)
-                watched = watching_call(modules[info.module], _CALLS[info.via], info.index or 0, reader.on_result)
+                watched = watching_call(modules[info.module], CALLS[info.via], info.index or 0, reader.on_result)
                 stack.enter_context(watched)
             elif info.via != "attention":
                 handle = _register(modules[info.module], _Reader(info, call, on_tensor, on_problem), first=first)
@@ -103,9 +103,6 @@ def attached(
             yield call
         finally:
             call.is_attached = False
-
-
-_CALLS: Mapping[str, frozenset[Callable[..., Any]]] = {"linear": LINEAR, "product": MULTIPLICATIONS}
 
 
 def _register(module: nn.Module, reader: "_Reader", *, first: bool) -> torch.utils.hooks.RemovableHandle:

@@ -16,10 +16,10 @@ if TYPE_CHECKING:  # the command line reads `SiteInfo` without torch
 
 FLOATS = ("bfloat16", "float16", "float32", "float64")
 
-Via = Literal["input", "output", "stream", "attention", "logits", "linear", "product"]
+Via = Literal["input", "output", "stream", "attention", "logits", "linear", "product", "choice", "softmax", "sum"]
 """How a site is read: a module's input or output; the residual stream that is a module's input and to which its block
-adds again later; the attention function that a block calls; the model's logits; the result of a linear map, or of a
-multiplication element by element, in a module."""
+adds again later; the attention function that a block calls; the model's logits; the result of a linear map, a
+multiplication element by element, a choice of the largest (their indices), a softmax or a sum in a module."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class SiteInfo:
             path of the block.
         via: How the site is read there.
         index: Which item of the module's input or output; None means the tensor itself or the first item. For
-            ``linear`` and ``product``, which of these calls in one forward of the module, from 0.
+            calls of torch (``linear``, ``sum``, ...), which of its kind in one forward of the module, from 0.
         per_token: Whether the axes before the row are (batch, positions). Otherwise the site's tensor keeps the axes
             that the module gives it.
         flat: Whether the module has these two axes as one, (batch x positions).

@@ -28,6 +28,47 @@ MULTIPLICATIONS: frozenset[Callable[..., Any]] = frozenset(
 )
 """Torch's multiplications element by element."""
 
+CHOICES: frozenset[Callable[..., Any]] = frozenset((torch.topk, torch.Tensor.topk))
+"""Torch's choices of the largest; what is read and replaced are the indices, and the values follow."""
+
+SOFTMAXES: frozenset[Callable[..., Any]] = frozenset((functional.softmax, torch.softmax, torch.Tensor.softmax))
+"""Torch's softmaxes."""
+
+SUMS: frozenset[Callable[..., Any]] = frozenset(
+    (torch.sum, torch.Tensor.sum, torch.index_add, torch.Tensor.index_add, torch.Tensor.index_add_)
+)
+"""Torch's sums along an axis, and by index."""
+
+CALLS: Mapping[str, frozenset[Callable[..., Any]]] = {
+    "linear": LINEAR,
+    "product": MULTIPLICATIONS,
+    "choice": CHOICES,
+    "softmax": SOFTMAXES,
+    "sum": SUMS,
+}
+"""The functions of each way to read a site that is the result of a call; see `residua.capture.hooks.site.Via`."""
+
+
+def passed_on(
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    result: Any,
+    pass_on: Callable[[Tensor], Tensor],
+) -> Any:
+    """Return the result of a call after its tensor was passed on; of a choice, that are the indices."""
+    if func not in CHOICES:
+        return pass_on(result)
+    values, index = result
+    new = pass_on(index)
+    if new is not index:
+        taken = args[0] if args else kwargs["input"]
+        values = taken.gather(args[2] if len(args) > _AXIS else kwargs.get("dim", -1), new)
+    return type(result)((values, new))
+
+
+_AXIS = 2  # place of the axis among the arguments of a choice
+
 
 class _Watch(TorchFunctionMode):
     """Passes on the result of one call of one forward, without those of modules in it.
@@ -62,7 +103,9 @@ class _Watch(TorchFunctionMode):
         if self.depth or func not in self._functions:
             return result
         number, self._n_calls = self._n_calls, self._n_calls + 1
-        return self._pass_on(result) if number == self._number else result
+        if number != self._number:
+            return result
+        return passed_on(func, args, kwargs or {}, result, self._pass_on)
 
 
 class ModuleMode(Generic[ModeT]):
@@ -108,7 +151,7 @@ def watching_call(
 
     Args:
         module: The module in whose own forward the call is.
-        functions: `LINEAR` or `MULTIPLICATIONS`.
+        functions: `LINEAR`, `MULTIPLICATIONS`, `CHOICES`, `SOFTMAXES` or `SUMS`.
         number: Number of the call among those of these functions in one forward, from 0.
         pass_on: Takes the result; returns what the module goes on with.
     """

@@ -40,7 +40,7 @@ def check_experts(model: nn.Module, judge: Judge, log: ModuleLog, layer: int, ro
         total = (
             rows["routed_out"].double() + rows["shared_out"].double() if "shared_out" in rows else rows["routed_out"]
         )
-        good = difference(total, rows["mlp_out"]) <= LOGITS
+        good = difference(total + _bias(model, rows["mlp_out"].double() - total), rows["mlp_out"]) <= LOGITS
         text = "routed_out and shared_out do not add up to mlp_out"
         for kind in ("routed_out", *(("shared_out",) if "shared_out" in rows else ())):
             judge.judge(kind, layer, good, text, "mlp_out")
@@ -62,6 +62,13 @@ def _chooses(logits: Tensor, index: Tensor) -> bool:
     """Return whether the experts of each token are those of the largest logits."""
     best = logits.topk(index.shape[-1], dim=-1).indices
     return torch.equal(best.sort(-1).values, index.long().sort(-1).values)
+
+
+def _bias(model: nn.Module, rest: Tensor) -> Tensor:
+    """Return the parameter that each of these rows is, which a mixture adds after its experts (JetMoE); or zeros."""
+    biases = (each.detach().double() for each in model.parameters() if each.shape == rest.shape[-1:])
+    same = (bias for bias in biases if bias.any() and difference(rest, bias.expand_as(rest)) <= LOGITS)
+    return next(same, torch.zeros_like(rest))
 
 
 def _is_routed(model: nn.Module, log: ModuleLog, rows: Mapping[str, Tensor]) -> bool:
