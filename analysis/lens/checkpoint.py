@@ -16,7 +16,7 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from residua.analysis.lens.rows import MOST_BLOCKS
@@ -28,6 +28,7 @@ from residua.store.edits.lens_files import (
     read_parameters,
     read_trained_layers,
 )
+from residua.store.encoding.safetensors_file import safetensors_file
 from residua.store.storage.files import make_folders, write_file
 
 LENS_TYPE = "linear_tuned_lens"
@@ -67,7 +68,7 @@ class Translator(NamedTuple):
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors as one safetensors file, durably and atomically."""
-    write_file(path, [save({name: tensor.contiguous() for name, tensor in tensors.items()})])
+    write_file(path, safetensors_file({name: tensor.contiguous().numpy() for name, tensor in tensors.items()}))
 
 
 def read_tensors(path: Path, *, is_mapped: bool = True) -> dict[str, Tensor]:

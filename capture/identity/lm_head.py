@@ -4,13 +4,13 @@ A lens decodes with these files alone, without the model; `residua.analysis.lens
 give the logits of the model: `lm_head_problem` runs the model over a few tokens and compares.
 """
 
-import json
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 from weakref import WeakKeyDictionary
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
@@ -35,6 +35,7 @@ from residua.capture.sites.reference_model import unsharded_anatomy
 from residua.capture.sites.stacks import anatomies_in_stacks
 from residua.capture.taps.tap import tap
 from residua.store.base.errors import CaptureError, PlanError
+from residua.store.encoding.safetensors_file import safetensors_file
 from residua.store.format.sidecars import CONFIG_FILE, LM_HEAD_FILE, PARAMETERS_FILE, Activation, LMHeadSpec
 from residua.store.storage.crc import Buffer
 
@@ -273,7 +274,9 @@ def _files(model: nn.Module) -> dict[str, list[Buffer]]:
     if anatomy is None or isinstance(head, str):
         return {}
     return {
-        PARAMETERS_FILE: safetensors_file(_tensors(model, anatomy, head.modules)),
+        PARAMETERS_FILE: safetensors_file(
+            {name: array_of(tensor) for name, tensor in _tensors(model, anatomy, head.modules).items()}
+        ),
         CONFIG_FILE: [anatomy.model.config.to_json_string().encode()],
         LM_HEAD_FILE: [head.spec.to_json()],
     }
@@ -364,44 +367,15 @@ def _eps(norm: nn.Module | None) -> float:
     return float(getattr(norm, "variance_epsilon") if eps is None else eps)  # noqa: B009 - typed as a module
 
 
+def array_of(tensor: Tensor) -> npt.NDArray[Any]:
+    """Return the memory of a contiguous tensor on the CPU as an array of its shape and data type."""
+    dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))  # of `ml_dtypes` where numpy has none
+    found: npt.NDArray[Any] = tensor.reshape(-1).view(torch.uint8).numpy().view(dtype).reshape(tensor.shape)
+    return found
+
+
 _N_SEEN = 2  # final residual stream and logits
 _MOST_COLUMNS = 4096  # logits that are compared, evenly spaced
 # The largest error of a logit, as a part of the largest logit: a model may round in another order than we do.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _LOW_PRECISION_TOLERANCE = 0.05
-
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-}
-_ALIGNMENT = 8
-
-
-def safetensors_file(tensors: Mapping[str, Tensor]) -> list[Buffer]:
-    """Return a safetensors file as buffers: a header, and the memory of each tensor in the order given.
-
-    The format: https://github.com/huggingface/safetensors#format. The library's own writer sorts the tensors, and its
-    `serialize` copies them; these buffers can also be sent to another process.
-
-    Args:
-        tensors: On the CPU, contiguous. They are not copied: do not change them before the buffers are written.
-
-    Raises:
-        KeyError: A tensor has a dtype that no parameter of an LM head has.
-    """
-    header: dict[str, object] = {}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
-    return [struct.pack("<Q", len(text)), text, *(t.reshape(-1).view(torch.uint8).numpy() for t in tensors.values())]

@@ -18,18 +18,12 @@ from safetensors import deserialize
 from residua.store.base.canonical import Json
 from residua.store.base.errors import PlanError
 from residua.store.edits.places import Address, Place, inside, place_of
+from residua.store.encoding.safetensors_file import DTYPES
 from residua.store.storage.mirror import fetched
 
 MAX_VECTOR_VALUES = 2**26
 MAX_VECTOR_BYTES = 2**29
 _PROBE, _WEIGHT = "probe.safetensors", "weight"  # of the folder of a saved probe
-_SAFETENSORS: Mapping[str, npt.DTypeLike] = {
-    "BF16": ml_dtypes.bfloat16,
-    "F16": np.float16,
-    "F32": np.float32,
-    "F64": np.float64,
-    **{f"{kind}{bits}": f"{kind.lower()}{bits // 8}" for kind in "IU" for bits in (8, 16, 32, 64)},
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,9 +130,9 @@ def read_array(path: Path, tensor: str = "", *, default: str = "", floats_only: 
             found: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
             return found
         tensors = {
-            name: np.frombuffer(entry["data"], _SAFETENSORS[entry["dtype"]]).reshape(entry["shape"])
+            name: np.frombuffer(entry["data"], DTYPES[entry["dtype"]]).reshape(entry["shape"])
             for name, entry in deserialize(path.read_bytes())  # type: ignore[no-untyped-call]  # safetensors is bare
-            if entry["dtype"] in _SAFETENSORS and not (floats_only and entry["dtype"][0] in "IU")
+            if entry["dtype"] in DTYPES and not (floats_only and entry["dtype"][0] in "IU")
         }
     except Exception as error:  # boundary: of untrusted bytes numpy alone raises six kinds of errors
         raise PlanError(f"{path.name!r} cannot be read as a vector: {error}") from error

@@ -15,8 +15,9 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_s
 from transformers import PreTrainedModel
 
 from residua.capture.identity.few_tokens import run_few_tokens
-from residua.capture.identity.lm_head import lm_head_files, safetensors_file
+from residua.capture.identity.lm_head import array_of, lm_head_files
 from residua.capture.layout.layouts import shard_reports
+from residua.store.encoding.safetensors_file import safetensors_file
 from residua.store.storage.files import write_file
 from tests.capture.site_readings import everything
 from tests.lm_heads import save_lm_head
@@ -104,11 +105,12 @@ def test_parameters_of_every_dtype_are_written_without_a_copy(tmp_path: Path) ->
         "none": torch.zeros(0, 4),
         "one": torch.tensor([2], dtype=torch.int64),
     }
-    _, _, *buffers = safetensors_file(tensors)
+    arrays = {name: array_of(tensor) for name, tensor in tensors.items()}
+    _, _, *buffers = safetensors_file(arrays)
     assert [buffer.ctypes.data for buffer in buffers if isinstance(buffer, np.ndarray) and buffer.size] == [
         tensor.data_ptr() for tensor in tensors.values() if tensor.numel()
     ]
-    write_file(tmp_path / "a.safetensors", safetensors_file(tensors))
+    write_file(tmp_path / "a.safetensors", safetensors_file(arrays))
     found = load_file(tmp_path / "a.safetensors")
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
