@@ -2,6 +2,7 @@
 
 import json
 import struct
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +35,7 @@ def test_what_it_says_is_what_the_library_writes(shapes: list[tuple[int, ...]]) 
 
 
 def test_the_memory_of_arrays_is_not_copied() -> None:
-    arrays = {"b": np.ones((4, 4)), "a": np.zeros(3, np.int8)}
+    arrays: dict[str, npt.NDArray[Any]] = {"b": np.ones((4, 4)), "a": np.zeros(3, np.int8)}
     _, _, *buffers = safetensors_file(arrays)
     for buffer, array in zip(buffers, arrays.values(), strict=True):
         assert isinstance(buffer, np.ndarray)
