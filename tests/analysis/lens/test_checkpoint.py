@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -259,3 +260,15 @@ def test_the_memory_of_each_tensor_of_unmapped_files_goes_with_it(tmp_path: Path
     assert (large[-1].item(), found["n"].item()) == (2, 3)
     large.data = large.new_empty(0)  # although others have it
     assert allocated() < before - 64 * 2**20, "half of the tensor: other threads of this process may allocate meanwhile"
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_the_mean_of_maps_is_that_of_float64(n: int) -> None:
+    rng = np.random.default_rng(n)
+    weights, biases = rng.normal(size=(n, 6, 6)).astype(np.float32), rng.normal(size=(n, 6)).astype(np.float32)
+    maps = [Translator(torch.from_numpy(w), torch.from_numpy(b)) for w, b in zip(weights, biases, strict=True)]
+    found = Translator.mean(maps)
+    np.testing.assert_array_equal(found.weight.numpy(), weights.astype(np.float64).mean(0).astype(np.float32))
+    np.testing.assert_array_equal(found.bias.numpy(), biases.astype(np.float64).mean(0).astype(np.float32))
+    np.testing.assert_array_equal(maps[0].weight.numpy(), weights[0])  # not changed in place
+    assert (found.weight is maps[0].weight) == (n == 1), "the map of a layer that has no parts is not copied"
