@@ -70,11 +70,11 @@ def expected(key: str, x: Tensor, index: Tensor | None = None) -> dict[str, Tens
     router = mlp.router if key == "llama4_text" else mlp.router.layer
     silu = nn.functional.silu
     logits = x @ router.weight.T
-    index = logits.argsort(-1, descending=True)[:, :2] if index is None else index
-    chosen = logits.gather(-1, index)
+    experts = logits.argsort(-1, descending=True)[:, :2] if index is None else index
+    chosen = logits.gather(-1, experts)
     routed = torch.zeros_like(x)
     for token, row in enumerate(x):
-        for place, expert in enumerate(index[token]):
+        for place, expert in enumerate(experts[token]):
             if key == "llama4_text":
                 gate, up = (row * chosen[token, place].sigmoid() @ mlp.experts.gate_up_proj[expert]).chunk(2)
                 routed[token] += (silu(gate) * up) @ mlp.experts.down_proj[expert]
@@ -82,7 +82,7 @@ def expected(key: str, x: Tensor, index: Tensor | None = None) -> dict[str, Tens
                 gate, up = (mlp.input_linear.weight[expert] @ row).chunk(2)
                 given = mlp.output_linear.weight[expert] @ (silu(gate) * up)
                 routed[token] += chosen[token].softmax(-1)[place] * given
-    found = {"router_logits": logits, "expert_index": index, "routed_out": routed}
+    found = {"router_logits": logits, "expert_index": experts, "routed_out": routed}
     if key == "llama4_text":
         shared = mlp.shared_expert
         found["shared_out"] = (silu(x @ shared.gate_proj.weight.T) * (x @ shared.up_proj.weight.T)) @ (
