@@ -1,8 +1,7 @@
 """Some thirty types of transformers, one of each kind, held against the model itself; and how the sweep ends."""
 
-import os
-import time
-from collections.abc import Callable
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import pytest
 from tests.models import registries, sweep, table
 from tests.models.findings import ATTENTION, Record
 
+ROOT = Path(__file__).parents[2]
 STREAM = ("resid_post",)
 PARTS = ("attn_out", "mlp_out")
 NO_PARTS = (*STREAM, *ATTENTION)
@@ -71,16 +71,21 @@ def test_rows_are_those_of_the_model(name: str) -> None:
     assert record.state == OTHER_STATES.get(name, "right")
 
 
-def test_a_crash_of_one_type_is_a_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    ends: dict[str, Callable[[], object]] = {
-        "gpt2": lambda: os._exit(7),
-        "bloom": lambda: time.sleep(60),
-        "llama": lambda: 1 / 0,
-    }
-    monkeypatch.setattr(sweep, "build", lambda _registry, key: ends[key]())
-    monkeypatch.setattr(sweep, "TIME_LIMIT", 3.0)
+ENDS = """
+import os, sys, time
+from pathlib import Path
+from tests.models import sweep
+ends = {"gpt2": lambda: os._exit(7), "bloom": lambda: time.sleep(60), "llama": lambda: 1 / 0}
+sweep.build = lambda _registry, key: ends[key]()
+sweep.TIME_LIMIT = 3.0
+sweep.sweep([("causal", key) for key in ends], Path(sys.argv[1]), n_jobs=1)
+"""
+
+
+def test_a_crash_of_one_type_is_a_result(tmp_path: Path) -> None:
+    """In a process of its own, as a sweep is: it forks, and what libraries and threads of a test run leave may die."""
     results = tmp_path / "found.jsonl"
-    sweep.sweep([("causal", key) for key in ends], results, n_jobs=1)
+    subprocess.run([sys.executable, "-c", ENDS, results], check=True, timeout=120, cwd=ROOT)
     found = {key: record for (_, key), record in sweep.known(results).items()}
     assert {key: record.state for key, record in found.items()} == {
         "gpt2": "crashed",
