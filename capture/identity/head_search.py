@@ -166,7 +166,7 @@ class _Watch:
 def _ways(start: _Way, steps: Iterable[_Step], config: object) -> Iterator[_Way]:
     """Yield the ways from a stream on, the shortest first: norm, then projection, then dense layer with norm."""
     steps = list(steps)
-    streams = [start, *(way for step in steps if (way := _normed(start, step, config)) is not None)]
+    streams = [start, *(way for step in _on(start, steps) if (way := _normed(start, step, config)) is not None)]
     yield from streams
     for way in streams:
         for step in _on(way, steps):
@@ -187,9 +187,7 @@ def _is_dense(module: nn.Module) -> bool:
 
 
 def _normed(way: _Way, step: _Step, config: object) -> _Way | None:
-    """Return the way through a module, if it takes the stream and is a norm."""
-    if step.taken.shape != way.hidden.shape or not torch.equal(step.taken, way.hidden):
-        return None
+    """Return the way through a module that takes the stream, if it is a norm."""
     found = _norm_of(step, config)
     if found is None:
         return None

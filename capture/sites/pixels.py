@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -25,6 +25,9 @@ from residua.capture.runtime.module_io import input_item
 from residua.capture.runtime.wrappers import core_of
 from residua.capture.sites.anatomy import GRID, PIXELS, anatomy_of, takes_pixels
 from residua.store.base.errors import CaptureError
+
+Key = TypeVar("Key")
+Found = TypeVar("Found")
 
 _USUAL_SIZE = 224  # of models whose config has none
 _MOST_PATCHES = 2**20
@@ -270,11 +273,15 @@ def patch_grid(model: nn.Module, pixel_shape: tuple[int, ...]) -> PatchGrid:
     Raises:
         CaptureError: The model has no blocks, or no position for each patch.
     """
-    core = core_of(model)
-    known = _known_grids.setdefault(core, {})
-    if pixel_shape not in known:
-        known[pixel_shape] = _found_grid(model, pixel_shape)
-    found = known[pixel_shape]
+    known = _known_grids.setdefault(core_of(model), {})
+    return _found_once(known, pixel_shape, lambda: _found_grid(model, pixel_shape))
+
+
+def _found_once(known: dict[Key, Found | str], key: Key, find: Callable[[], Found | str]) -> Found:
+    """Return what is known, or is found now; raise CaptureError if that is a sentence on why there is none."""
+    if key not in known:
+        known[key] = find()
+    found = known[key]
     if isinstance(found, str):
         raise CaptureError(found)
     return found
@@ -332,15 +339,8 @@ def patch_order(model: nn.Module, inputs: Mapping[str, Tensor]) -> npt.NDArray[n
     Raises:
         CaptureError: The model has no blocks, or no position for each patch.
     """
-    core = core_of(model)
-    known = _known_orders.setdefault(core, {})
-    grid = grid_of(inputs)
-    if grid not in known:
-        known[grid] = _found_order(model, inputs)
-    found = known[grid]
-    if isinstance(found, str):
-        raise CaptureError(found)
-    return found
+    known = _known_orders.setdefault(core_of(model), {})
+    return _found_once(known, grid_of(inputs), lambda: _found_order(model, inputs))
 
 
 def moves_patches(model: nn.Module) -> bool:

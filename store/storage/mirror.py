@@ -9,7 +9,7 @@ import hashlib
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from os import PathLike, fspath
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -122,11 +122,9 @@ def _fetch(
     address: str, local: Path, storage_options: Mapping[str, Any] | None, names: Sequence[str], most_bytes: int
 ) -> None:
     """Fetch a folder, or, if there is none, the file of that name."""
-    folder = folder_at(address, storage_options)
-    if scheme_of(address) not in _UNLISTED:
-        names = _listed(folder, most_bytes)
-    for name in names:
-        with suppress(*([FileNotFoundError] if scheme_of(address) in _UNLISTED else [])):
+    folder, is_listed = folder_at(address, storage_options), scheme_of(address) not in _UNLISTED
+    for name in _listed(folder, most_bytes) if is_listed else names:
+        with nullcontext() if is_listed else suppress(FileNotFoundError):
             content = folder.read(name, most_bytes)
             path = local / name
             path.parent.mkdir(parents=True, exist_ok=True)
