@@ -482,8 +482,9 @@ def _naming_lost(client: Client, scheduler: str) -> Iterator[None]:
     except Exception as error:
         if not is_lost:
             raise
+        cause = " ".join(str(error).split())  # Dask says it in two lines
         raise AnalysisError(
-            f"the Dask scheduler at {scheduler} was lost while it had jobs of this command ({error}): start it and its "
+            f"the Dask scheduler at {scheduler} was lost while it had jobs of this command ({cause}): start it and its "
             "workers again, and run the same command again"
         ) from error
     finally:
