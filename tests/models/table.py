@@ -166,7 +166,7 @@ def _once(said: Iterable[str]) -> list[str]:
 def reasons(refusal: str) -> list[str]:
     """Return what is said of each kind in the message about all that is lacking."""
     kind = rf"(?:(?:{'|'.join(STACKS)})\.)?(?:{'|'.join(LAYER_KINDS)})"
-    parts = re.split(rf" (?={kind}(?:, {kind})*: )", f" {refusal}")
+    parts = re.split(rf"(?<!,) (?={kind}(?:, {kind})*: )", f" {refusal}")
     return [part.partition("; use module: sites")[0].rstrip(".") for part in parts[1:]]
 
 

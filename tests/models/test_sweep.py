@@ -138,6 +138,17 @@ def test_lines_of_a_page_are_written_anew_and_counted() -> None:
     assert len(after) == 3
 
 
+def test_reasons_name_all_the_kinds_that_they_are_of() -> None:
+    said = (
+        "ToyModel (toy) lacks sites. q, k, v, pattern, z: q.0 of 'toy': toy.0 computes no attention. "
+        "attn_out, decoder.mlp_out: attn_out.0 of 'toy': no stream is known; use module: sites, as 'module:toy'"
+    )
+    assert table.reasons(said) == [
+        "q, k, v, pattern, z: q.0 of 'toy': toy.0 computes no attention",
+        "attn_out, decoder.mlp_out: attn_out.0 of 'toy': no stream is known",
+    ]
+
+
 def test_every_registry_has_types_and_the_page_those_of_a_sweep() -> None:
     assert all(len(registries.keys_of(name)) > 15 for name in registries.REGISTRIES)
     page = sweep.PAGE.read_text()
