@@ -43,7 +43,7 @@ from residua.store.examples.writer import ExampleWriter
 from residua.store.format.create import bring_archive
 from residua.store.format.plan import STACK_RULE
 from residua.store.format.sidecars import NO_LM_HEAD
-from residua.store.format.stacks import create_stacks
+from residua.store.format.stacks import making_stacks
 from residua.store.storage.destination import Destination
 from residua.store.storage.place import ResultPlace
 
@@ -60,8 +60,7 @@ def capture_pairs(model: Any, place: ResultPlace, request: CaptureRequest) -> Ca
         )
     model, request = request.loaded(model, lambda found: found.main_input_name == FEATURES)
     sites = _sites_by_rows(model, request.settings)
-    create_stacks(place.out, list(sites))
-    with spool_folder(place.out.path) as folder:
+    with making_stacks(place.out, list(sites)), spool_folder(place.out.path) as folder:
         pairs = _Pairs(model, request, folder)
         jobs = ((name, _StackCapture(name, own, pairs, place.out.inside(name))) for name, own in sites.items())
         return run_stacks(model, place, jobs, request)

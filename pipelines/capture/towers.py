@@ -26,7 +26,7 @@ from residua.store.base.naming import named
 from residua.store.examples.table import ExampleTable
 from residua.store.format.create import bring_archive
 from residua.store.format.site_aliases import canonical
-from residua.store.format.stacks import create_stacks
+from residua.store.format.stacks import making_stacks
 from residua.store.storage.destination import Destination
 from residua.store.storage.place import ResultPlace
 
@@ -66,8 +66,7 @@ def capture_both(model: Any, place: ResultPlace, request: CaptureRequest) -> Cap
             f"{named('image_column')}"
         )
     both = _Both(model, place.out, request)
-    create_stacks(place.out, (_VISION, _TEXT))
-    with ExitStack() as stack:
+    with making_stacks(place.out, (_VISION, _TEXT)), ExitStack() as stack:
         return run_stacks(model, place, both.jobs(sites, stack), request)
 
 

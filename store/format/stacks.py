@@ -3,10 +3,11 @@
 The stacks of one model have positions of their own: tokens of the source and of the target, or patches and tokens. So
 each has an archive of its own, with its plan, commits and seal. Encoder and decoder have the same examples in the same
 order; examples of a tower are images. The folder around them is a Zarr group that names them; it is written before the
-first of them is begun, and stays.
+first of them is begun, and stays once one is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from residua.store.base.canonical import Json, digest_of
@@ -18,12 +19,34 @@ from residua.store.format.site_names import STACKS
 from residua.store.storage.destination import BucketFolder, Destination, destination_of
 
 
-def create_stacks(place: Path | Destination, stacks: Sequence[str]) -> None:
+@contextmanager
+def making_stacks(place: Destination, stacks: Sequence[str]) -> Iterator[None]:
+    """Make a place one that holds the archives of `stacks`, which are made inside the ``with`` block.
+
+    After an error the place is removed again, if it was made here and no archive in it was begun: a run with other
+    settings would otherwise be refused for the sake of a folder without rows.
+
+    Raises:
+        As `create_stacks`.
+    """
+    is_ours = create_stacks(place, stacks)
+    try:
+        yield
+    except Exception:  # whatever the dataset, the model or the caller's function raises
+        if is_ours and all(place.n_bytes(f"{name}/{ROOT}") is None for name in stacks):
+            place.remove_all()
+        raise
+
+
+def create_stacks(place: Path | Destination, stacks: Sequence[str]) -> bool:
     """Make a place one that holds the archives of `stacks`; it may be one of the same stacks already.
 
     Args:
         place: The folder, here or in a bucket.
         stacks: Names of the stacks.
+
+    Returns:
+        Whether it was made by this call.
 
     Raises:
         FileExistsError: `place` exists, with other contents.
@@ -40,12 +63,13 @@ def create_stacks(place: Path | Destination, stacks: Sequence[str]) -> None:
                 f"{out} was begun as an archive of {what}, and this run captures {' and '.join(stacks)}: run it "
                 f"with the same sites to go on, or choose another {named('out')}"
             )
-        return
+        return False
     refuse_occupied(out.path)
     entry: dict[str, Json] = {"format": FORMAT, "stacks": list(stacks)}
     write_entry(out.path, {**entry, "sha256": digest_of(entry)})
     if isinstance(out, BucketFolder):
-        out.create(ROOT, (out.path / ROOT).read_bytes())
+        return out.create(ROOT, (out.path / ROOT).read_bytes())
+    return True
 
 
 def stacks_in(folder: Path) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import residua
-from residua.store.base.errors import PlanError, UnknownSiteError
+from residua.store.base.errors import DatasetError, PlanError, UnknownSiteError
 from residua.store.read.stacks import StackedArchive
 from tests.models.tiny_multimodal import MULTIMODAL, WITHOUT_CHATS, tokenizer
 from tests.models.tiny_vision import PATCH, SIZE, build
@@ -132,6 +132,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "read once": ({"dataset": iter(CHATS)}, "read twice"),
     "no column": ({"image_column": None}, "image_column"),
     "marks of tokens": ({"positions": "column:topic"}, r"column:topic.*patches"),
+    "no processor": ({"processor": None}, r"processor=transformers\.AutoImageProcessor"),
+    "no words": ({"dataset": [{"images": PICTURES[:1], "topic": "one"}]}, r"row 0"),
+    "no image": ({"dataset": [{"messages": "see", "images": [7]}]}, r"row 0"),
     "no such site": ({"sites": "vision.resid_post.9,resid_post.0"}, r"vision\.resid_post\.9|resid_post\.9"),
 }
 
@@ -140,9 +143,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_both_parts_cannot_have_is_refused(case: str, tmp_path: Path) -> None:
     model, processor = MULTIMODAL["llava"]()
     options, words = WRONG[case]
-    asked = {"dataset": CHATS, "image_column": "images", "sites": SITES, **options}
-    with pytest.raises((PlanError, UnknownSiteError), match=words):
-        residua.capture_dataset(model, asked.pop("dataset"), out=tmp_path / "a.zarr", processor=processor, **asked)
+    asked = {"dataset": CHATS, "image_column": "images", "sites": SITES, "processor": processor, **options}
+    with pytest.raises((DatasetError, PlanError, UnknownSiteError), match=words):
+        residua.capture_dataset(model, asked.pop("dataset"), out=tmp_path / "a.zarr", **asked)
     assert not list(tmp_path.iterdir())
 
 

@@ -15,7 +15,7 @@ from zarr.storage import ObjectStore
 
 import residua
 from residua.pipelines.capture.capture import capture_dataset
-from residua.store.base.errors import CaptureError, NotCapturedError, PlanError, StorageError
+from residua.store.base.errors import CaptureError, DatasetError, NotCapturedError, PlanError, StorageError
 from residua.store.storage.lease import LEASE, leased
 from residua.store.storage.lock import ArchiveInUseError
 from residua.store.storage.objects import ObjectFolder
@@ -236,6 +236,9 @@ def test_both_stacks_of_an_encoder_decoder(s3: S3Server, tmp_path: Path) -> None
         capture(model, pairs, address, **{**settings, "sites": "decoder.resid_post.*"}, **options)
     with pytest.raises(PlanError, match=r"s3://acts/pairs\.zarr"):
         capture(TINY["llama"](), [[5, 6]], address, sites="final", **options)
+    with pytest.raises(DatasetError, match="target_column"):
+        capture(model, [{"input_ids": [5]}], s3.address("refused.zarr"), **settings, **options)
+    assert not objects(s3, "refused.zarr")
 
 
 def provenance_of(archive: residua.Archive) -> dict[str, Any]:

@@ -213,6 +213,7 @@ def test_what_does_not_fit_is_refused(
     asked: dict[str, Any] = {"sites": "decoder.final", **settings}
     with pytest.raises(error, match=said):
         capture_dataset(TINY_PAIRS["bart"](), rows, out=tmp_path / "a.zarr", **asked)
+    assert not list(tmp_path.iterdir())
 
 
 def test_pairs_are_cut_and_left_out_as_asked(tmp_path: Path) -> None:
@@ -305,6 +306,7 @@ def test_waveforms_go_through_the_feature_extractor(tmp_path: Path) -> None:
 def test_audio_that_does_not_fit_is_refused(rows: list[Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=said):
         capture_dataset(tiny_whisper(), rows, out=tmp_path / "a.zarr", sites="decoder.final")
+    assert not list(tmp_path.iterdir())
 
 
 class Words:
