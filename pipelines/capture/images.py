@@ -12,6 +12,7 @@ from residua.capture.runtime.pipeline_schedule import stage_model_of
 from residua.capture.runtime.sharded import is_sharded
 from residua.capture.sites.anatomy import PIXELS, takes_pixels
 from residua.capture.sites.towers import NAMES, Tower, towers_of
+from residua.pipelines.data.missing_files import to_give
 from residua.pipelines.images.encoders import PatchEncoder, TokenEncoder
 from residua.pipelines.images.examples import ImageDataset
 from residua.pipelines.setup.settings import CaptureSettings
@@ -40,7 +41,7 @@ def image_dataset(
     """
     if not takes_pixels(model) and settings.image_column is None:
         if processor is not None:
-            raise PlanError(f"processor is for images: name their column by {named('image_column')} too")
+            raise PlanError(f"{named('processor')} is for images: name their column by {named('image_column')} too")
         return None
     if not takes_pixels(model) and PIXELS not in signature(model.forward).parameters:
         raise PlanError(
@@ -54,8 +55,8 @@ def image_dataset(
         )
     if processor is None:
         raise PlanError(
-            f"{type(model).__name__} takes images, and comes without an image processor: pass "
-            "processor=transformers.AutoImageProcessor.from_pretrained(...), or AutoProcessor if it takes text, too"
+            f"{type(model).__name__} takes images, and comes without an image processor: "
+            f"{to_give('processor', 'AutoImageProcessor')}, or AutoProcessor if it takes text, too"
         )
     if takes_pixels(model):
         return ImageDataset(out, PatchEncoder(model, processor), settings, rows)
@@ -91,5 +92,6 @@ def load_processor(name: str | PathLike[str], revision: str | None) -> object:
         return AutoProcessor.from_pretrained(name, revision=revision)  # type: ignore[no-untyped-call]  # theirs
     except Exception as error:  # whatever transformers, or a library below it, raises for a broken file
         raise PlanError(
-            f"the processor of --model {name} could not be loaded, and its model takes images: {error}"
+            f"the processor of {named('model', name)} could not be loaded, and its model takes images: "
+            f"{to_give('processor', 'AutoProcessor')}. transformers says: {error}"
         ) from error

@@ -17,6 +17,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from residua.pipelines.data.missing_files import to_give
 from residua.pipelines.data.sources import Row, Rows
 from residua.pipelines.data.token_columns import TokenColumns
 from residua.pipelines.data.tokens import Source
@@ -73,8 +74,8 @@ class HeardSources:
             )
         if FEATURES not in self.rows.columns and self.extractor is None:
             raise DatasetError(
-                f"column {AUDIO} needs the model's feature extractor: pass processor=AutoProcessor.from_pretrained(...)"
-                f" or give a column {FEATURES} that it made"
+                f"column {AUDIO} needs the model's feature extractor: {to_give('processor', 'AutoProcessor')}, or give "
+                f"a column {FEATURES} that it made"
             )
 
     def __iter__(self) -> Iterator[Source]:

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, TypeAlias, TypeVar, cast
 import numpy as np
 
 from residua.pipelines.data.chats import TOOLS, Chats
+from residua.pipelines.data.missing_files import to_give
 from residua.pipelines.data.settings import DatasetSettings
 from residua.pipelines.data.sources import Row, Rows
 from residua.pipelines.data.token_columns import TokenColumns
@@ -169,13 +170,14 @@ class Tokens:
         holds, settings = f"column {content.column!r} holds {content.kind}", self.settings
         if content.kind != "ids" and self.tokenizer is None:
             raise DatasetError(
-                f"{holds}, and the model comes without a tokenizer: pass one, or give token ids in a column input_ids"
+                f"{holds}, and the model comes without a tokenizer: {to_give('tokenizer', 'AutoTokenizer')}, or give "
+                "token ids in a column input_ids"
             )
         if content.kind != "ids" and self.tokenizer is not None and not knows_text(self.tokenizer):
             raise DatasetError(
                 f"{holds}, and the tokenizer knows no text, only {len(self.tokenizer.get_vocab())} added tokens "
-                "(transformers makes such a tokenizer of a folder without tokenizer files): pass the model's own, or "
-                "give token ids in a column input_ids"
+                "(transformers makes such a tokenizer of a folder without tokenizer files): "
+                f"{to_give('tokenizer', 'AutoTokenizer')}, or give token ids in a column input_ids"
             )
         if content.kind == "chat" and not template:
             raise DatasetError(

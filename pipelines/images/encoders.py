@@ -21,6 +21,7 @@ from residua.capture.sites.anatomy import PIXELS
 from residua.capture.sites.pixels import grid_of, inputs_of, is_cut, patch_grid, patch_order
 from residua.capture.sites.towers import image_token_of
 from residua.pipelines.data.chats import given_fields, message_of
+from residua.pipelines.data.missing_files import to_give
 from residua.pipelines.data.settings import DatasetSettings
 from residua.pipelines.data.sources import Row
 from residua.pipelines.data.tokenizer import special_ids
@@ -140,8 +141,8 @@ class TokenEncoder:
         self._names = set(signature(model.forward).parameters) - set(_OF_TEXT)
         if self._tokenizer is None or not hasattr(processor, "image_processor"):
             raise PlanError(
-                f"{type(model).__name__} takes images with text, and a {type(processor).__name__} was given: pass its "
-                "processor (transformers.AutoProcessor) as processor"
+                f"{type(model).__name__} takes images with text, and comes with a {type(processor).__name__}, which "
+                f"is no processor of both: {to_give('processor', 'AutoProcessor')}"
             )
         token = image_token_of(model)
         if token is None:
@@ -320,8 +321,8 @@ def image_processor_of(processor: object) -> object:
     found = getattr(processor, "image_processor", processor)
     if found is None or not hasattr(found, "preprocess"):
         raise PlanError(
-            f"the model takes images, and a {type(processor).__name__} was given: pass its image processor "
-            "(transformers.AutoImageProcessor) as processor"
+            f"the model takes images, and comes with a {type(processor).__name__}, which is no image processor: "
+            f"{to_give('processor', 'AutoImageProcessor')}"
         )
     return found
 
