@@ -28,9 +28,9 @@ from residua.capture.scheduling.work_queue import Run, WorkQueue, runs_of
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.taps.reading import Taps
 from residua.store.base.freed_memory import return_freed_memory
+from residua.store.examples.growing import DatasetEnd
 from residua.store.examples.schedule import Batch, GrowingSchedule, Schedule
 from residua.store.examples.table import ExampleTable
-from residua.store.format.archive_metadata import DatasetEnd
 from residua.store.format.commits import committed_shards
 from residua.store.format.plan import Plan
 from residua.store.storage.destination import Destination, destination_of
@@ -78,8 +78,9 @@ def record(
             gone; the cause is chained.
     """
     # What is to be captured here: the batches of the plan, and the sites that this process holds.
-    table = ExampleTable(destination_of(archive).path / "examples")
-    schedule = _schedule(destination_of(archive).path, plan, table)
+    archive = destination_of(archive)
+    table = ExampleTable(archive.path / "examples")
+    schedule = _schedule(archive, plan, table)
     sites = resolve_sites(model, [site.name for site in plan.sites]) if process_layout is None else process_layout.sites
     shards = LocalShards(sites, None if process_layout is None else process_layout.group)
 
@@ -129,7 +130,7 @@ def record(
     return stats()
 
 
-def _schedule(archive: Path, plan: Plan, table: ExampleTable) -> Schedule:
+def _schedule(archive: Destination, plan: Plan, table: ExampleTable) -> Schedule:
     sizes = {"rows_per_shard": plan.rows_per_shard, "batch_tokens": plan.batch_tokens}
     if plan.n_rows is None:
         return GrowingSchedule(table, DatasetEnd(archive), **sizes)

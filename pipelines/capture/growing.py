@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from time import time_ns
 from typing import Any
 
@@ -26,12 +26,14 @@ from residua.pipelines.setup.models import token_limit
 from residua.store.base.canonical import Json
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
+from residua.store.examples.growing import bring_examples
 from residua.store.examples.index import Example, ExampleIndex
 from residua.store.examples.table import ExampleTable
 from residua.store.examples.writer import ExampleWriter
-from residua.store.format.archive_metadata import read_metadata, sidecar_digests, was_read, write_metadata
+from residua.store.format.archive_metadata import ROOT, metadata_bytes, read_metadata, sidecar_digests, was_read
+from residua.store.format.create import bring_archive
 from residua.store.format.plan import GROW_RULE, Plan
-from residua.store.storage.destination import BucketFolder
+from residua.store.storage.destination import Destination
 
 FIRST_PART_BYTES = 2**21  # half a million tokens, or half as many rows: less than a second; plans depend on it
 SHARD_TOKENS = 2**20  # that a shard waits for: two or three parts, where few positions are kept; plans depend on it
@@ -61,6 +63,7 @@ class ExamplesAhead:
         self._at_end = at_end
         self._failure: BaseException | None = None
         self._begun, self._may_go_on, self._stopped = Event(), Event(), Event()
+        self._writing = Lock()
         self._thread = Thread(target=self._run, name="residua-examples", daemon=True)
 
     def read_first_part(self) -> None:
@@ -69,9 +72,9 @@ class ExamplesAhead:
         self._begun.wait()
         self.check()
 
-    def go_on(self, folder: Path, *, may_add: bool) -> None:
-        """Let the thread go on, with the parts in `folder`; see `ExampleWriter.go_on_in`."""
-        self._writer.go_on_in(folder, may_add=may_add)
+    def go_on(self, archive: Destination, *, may_add: bool) -> None:
+        """Let the thread go on, with the parts of the archive; see `ExampleWriter.go_on_in`."""
+        self._writer.go_on_in(archive, may_add=may_add)
         self._may_go_on.set()
 
     def check(self) -> None:
@@ -85,26 +88,30 @@ class ExamplesAhead:
         self.check()
 
     def stop(self) -> None:
-        """End the reading at the next example."""
+        """End the reading at the next example; nothing is written from then on."""
         if not self._stopped.is_set():
             self._stopped.set()
             self._may_go_on.set()
             self._thread.join(_STOP_SECONDS)
+            with self._writing:  # what was begun is written; a dataset that is late with its next row is not waited for
+                pass
 
     def _run(self) -> None:
         try:
             for example in self._examples():
-                if self._stopped.is_set():
-                    return
-                self._writer.add(example)
+                with self._writing:
+                    if self._stopped.is_set():
+                        return
+                    self._writer.add(example)
                 self._pause()
                 if not self._begun.is_set():
                     self._on_example()
             if not self._begun.is_set():
                 self._writer.flush()
                 self._pause()
-            if not self._stopped.is_set():
-                self._at_end(self._writer.close())
+            with self._writing:
+                if not self._stopped.is_set():
+                    self._at_end(self._writer.close())
         except BaseException as error:  # noqa: BLE001  # thread boundary: the job's thread raises it
             self._failure = error
         finally:
@@ -121,7 +128,7 @@ class GrowingCapture(DatasetCapture):
     """The capture of a dataset's examples that begins with the first of them.
 
     Raises:
-        PlanError: The model or the place is of a kind that this is not done for, or nothing limits the length of
+        PlanError: The model is of a kind that this is not done for, or nothing limits the length of
             examples.
     """
 
@@ -131,7 +138,6 @@ class GrowingCapture(DatasetCapture):
         self._refuse(self._images is not None, "images are all read before the model captures")
         is_whole = stage_model_of(self.model) is None and not spans_processes(self.model) and not is_sharded(self.model)
         self._refuse(not is_whole, "the processes that hold a model together run the same batches at the same time")
-        self._refuse(isinstance(self.out, BucketFolder), "an archive at an address gets its examples in one piece")
         limit = self._settings.length_limit(token_limit(self.model))
         if limit is None:
             raise PlanError(
@@ -176,6 +182,7 @@ class GrowingCapture(DatasetCapture):
 
     def written_examples(self) -> ExampleIndex:
         """Return the first part of the examples that worker 0 wrote."""
+        bring_archive(self.out)
         return _first_part(self.out.path / "examples")
 
     def _reading(self) -> Reading | None:
@@ -210,10 +217,11 @@ class GrowingCapture(DatasetCapture):
     @contextmanager
     def reading_on(self) -> Iterator[None]:
         """Let the rest of the dataset be read while the model runs; at the end, wait for it."""
+        bring_examples(self.out)
         if self._ahead is None:  # another worker, or a dataset that is known
             yield
             return
-        self._ahead.go_on(self.out.path / "examples", may_add=not was_read(self.archive.metadata))
+        self._ahead.go_on(self.out, may_add=not was_read(self.archive.metadata))
         try:
             yield
             self._ahead.finish()
@@ -233,7 +241,8 @@ class GrowingCapture(DatasetCapture):
             provenance["dataset"]["reading"] = reading.digest
         provenance["notes"] = [*provenance["notes"], *self.notes[known:], *self._report.notes()]
         files = sidecar_digests(self.out.path, metadata.files)
-        write_metadata(self.out.path, replace(metadata, provenance=provenance, files=files))
+        at_end = replace(metadata, provenance=provenance, files=files)
+        self.out.keep(ROOT, metadata_bytes(self.out.path, at_end))
 
     def notes_of_archive(self) -> list[Json]:
         """Return what a reader of the archive should know, as far as it is known before the model runs."""

@@ -36,6 +36,9 @@ INPUT_PREFIX = "input."
 """With the name of such an input: a column of its values, where they are whole numbers, one or few for each token, or
 one for the example."""
 
+EXAMPLES = "examples"
+"""Folder of an archive with the parts of the example table."""
+
 IMAGES = "image_sha256"
 """Column of the example table with the SHA-256 of each image of an example, in hex."""
 SOURCE_SHA256 = "source_sha256"

@@ -7,7 +7,7 @@ after the same examples.
 
 import hashlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from residua.store.base.errors import DatasetError
 from residua.store.examples.columns import check_names, columns_of, type_of_values, value_bytes
 from residua.store.examples.index import (
     DIGEST_KEY,
+    EXAMPLES,
     IMAGES,
     IMAGES_KEY,
     MAX_PART_EXAMPLES,
@@ -30,7 +31,7 @@ from residua.store.examples.index import (
     starts,
 )
 from residua.store.examples.part import Part, read_parts
-from residua.store.storage.files import write_file
+from residua.store.storage.destination import Destination, DiskFolder
 
 BYTES_PER_PART = 2**26
 VALUES_PER_GROUP = 2**18  # a reader decodes one row group at a time: about 1 MiB of token ids
@@ -64,6 +65,8 @@ class ExampleWriter:
         if not 0 < examples_per_part <= MAX_PART_EXAMPLES:
             raise DatasetError(f"examples_per_part={examples_per_part}: give 1 to {MAX_PART_EXAMPLES}")
         self._folder = folder
+        self._place: object = folder.parent
+        self._keep: Callable[[str, bytes], None] = DiskFolder(folder).keep
         self._limits = (examples_per_part, bytes_per_part)
         self._first_bytes = bytes_per_part if first_bytes is None else first_bytes
         self._there: list[Part] = []
@@ -94,17 +97,19 @@ class ExampleWriter:
         """Parts written so far."""
         return len(self._first_example) - 1
 
-    def go_on_in(self, folder: Path, *, may_add: bool = True) -> None:
-        """Go on in another folder, which has the parts written so far, and maybe more of the same examples.
+    def go_on_in(self, archive: Destination, *, may_add: bool = True) -> None:
+        """Go on in an archive, which has the parts written so far, and maybe more of the same examples.
 
         Those are not written again: when an example is added that ends one of them, their digests are compared.
 
         Args:
-            folder: The folder.
-            may_add: Whether examples may follow those of the folder.
+            archive: The archive; its parts are in its local folder.
+            may_add: Whether examples may follow those of the archive.
         """
-        self._folder = folder
-        self._there = read_parts(folder)
+        self._folder = archive.path / EXAMPLES
+        self._place = archive
+        self._keep = lambda name, data: archive.keep(f"{EXAMPLES}/{name}", data)
+        self._there = read_parts(self._folder)
         self._may_add = may_add
 
     def add(self, example: Example) -> int:
@@ -158,7 +163,7 @@ class ExampleWriter:
         covers = {IMAGES_KEY: IMAGES.encode()} if self._pending[0].images is not None else {}
         table = table.replace_schema_metadata({DIGEST_KEY: digest.hexdigest().encode(), **covers})
         name = part_name(self.n_parts)
-        write_file(self._folder / name, [self._encoded(table)])
+        self._keep(name, self._encoded(table))
         # Last, so that a part that the disk refused can be written again.
         self._types.update({column: values.type for column, values in columns.items()})
         self._written(digest)
@@ -180,7 +185,7 @@ class ExampleWriter:
 
     def _is_other(self, first: int, stop: int) -> DatasetError:
         return DatasetError(
-            f"{self._folder.parent} was begun with another dataset, or with other settings or packages that read it: "
+            f"{self._place} was begun with another dataset, or with other settings or packages that read it: "
             f"examples {first:,} to {stop - 1:,} differ. Give what it was begun with, or choose another place"
         )
 

@@ -163,27 +163,6 @@ def _documents(root: Mapping[str, Any]) -> Mapping[str, Any]:
     return documents if isinstance(documents, dict) else {}
 
 
-class DatasetEnd:
-    """Whether the dataset of a growing archive was read to its end, which its metadata say from then on.
-
-    Args:
-        archive: Folder of the archive.
-    """
-
-    def __init__(self, archive: Path) -> None:
-        self._archive = archive
-        self._seen: tuple[int, int] | None = None
-        self._is_reached = False
-
-    def __call__(self) -> bool:
-        """Look at the metadata if they were written since."""
-        found = (self._archive / ROOT).stat()
-        if not self._is_reached and self._seen != (found.st_ino, found.st_mtime_ns):
-            self._seen = found.st_ino, found.st_mtime_ns
-            self._is_reached = was_read(read_metadata(self._archive))
-        return self._is_reached
-
-
 def was_read(metadata: Metadata) -> bool:
     """Return whether the dataset of an archive is known to have been read to its end."""
     return "report" in said_of("dataset", metadata.provenance)

@@ -16,6 +16,8 @@ import zarr
 
 from residua.store.base.errors import NotCapturedError, PlanError, StorageError
 from residua.store.encoding.spec import ArraySpec
+from residua.store.examples.growing import each_part
+from residua.store.examples.table import ExampleTable
 from residua.store.format.archive_metadata import MAX_METADATA_BYTES, ROOT, SIDECAR_FOLDERS, read_metadata
 from residua.store.format.array_metadata import METADATA
 from residua.store.format.commits import FOLDER, MAX_RECORD_BYTES, Commit, check_commits, is_record, read_commits
@@ -173,6 +175,11 @@ class RemoteArchive(Archive):
             commits = read_commits(self.path, self.plan.digest)
             check_commits(self.path, self.plan, commits, self.metadata.n_rows)
         return commits
+
+    def _open_examples(self) -> ExampleTable:
+        if self.metadata.n_rows is None:  # its metadata name those of its start alone
+            each_part(lambda name: self._mirror.need(name, SIDECAR_FOLDERS["examples"]))
+        return super()._open_examples()
 
     def file_reader(self, spec: ArraySpec, *, check: Check | None = None) -> ArrayReader:
         """Return what reads the rows of one array, or of one of its column shards; see `Archive.file_reader`."""

@@ -1,6 +1,7 @@
 """Where an archive is written: a folder of this machine, or a folder in a bucket. Both have the same methods.
 
     write      one file, complete or not at all
+    keep       one small file, and its local copy
     create     one small file, never over another
     names      the files of a folder
     n_bytes    the size of one file
@@ -85,6 +86,10 @@ class DiskFolder:
     def write(self, name: str, buffers: Iterable[Buffer]) -> int:
         """Write a file; see `residua.store.storage.files.write_file`."""
         return write_file(self.path / name, buffers)
+
+    def keep(self, name: str, data: bytes) -> None:
+        """Write a file that is read in `path`, over what is there."""
+        write_file(self.path / name, [data])
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a small file unless there is one; return False if the same is there already.
@@ -256,6 +261,15 @@ class BucketFolder:
         else:
             self.objects.write(name, first)
         return sum(sizes)
+
+    def keep(self, name: str, data: bytes) -> None:
+        """Write an object, over what is there, and then its local copy: who finds that may rely on the object.
+
+        Raises:
+            StorageError: It could not be written, or another run has taken over.
+        """
+        self.write(name, [data], are_kept=True)
+        write_file(self.path / name, [data])
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a small object unless there is one; return False if the same is there already.

@@ -16,7 +16,6 @@ import residua
 from residua.capture.recording.stats import RecordStats
 from residua.pipelines.capture import dataset_job, growing
 from residua.pipelines.capture.add_sites import add_sites
-from residua.pipelines.capture.capture import capture_dataset
 from residua.pipelines.capture.result import CaptureResult
 from residua.pipelines.data import reading
 from residua.pipelines.setup.models import load_model, load_tokenizer
@@ -26,17 +25,17 @@ from residua.store.read.archive import Archive
 from residua.store.verification.verify import verify
 from tests.models.tiny import TINY, VOCABULARY
 from tests.models.tiny_pairs import TINY_PAIRS
+from tests.pipelines.capture.growing_samples import PART_BYTES, capture, make_rows, write_long_labels
 from tests.pipelines.forking import Forks
 from tests.ragged import MODEL, capture_words
 from tests.stopped import check_end, check_stop, content
 
-HEIGHT = 256
 WORDS = ("the", "list", "of", "a", "function", "returns", "its", "value", "if", "none", "else", "raise", "error")
 
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(growing, "FIRST_PART_BYTES", 2000)
+    monkeypatch.setattr(growing, "FIRST_PART_BYTES", PART_BYTES)
 
 
 @pytest.fixture(scope="module")
@@ -44,28 +43,12 @@ def model() -> PreTrainedModel:
     return TINY["llama"]()
 
 
-def make_rows(n: int = 500, seed: int = 3) -> list[dict[str, Any]]:
-    """Return short rows, more than are read ahead of the first example."""
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(1, 6, n)
-    lengths[::60] = 50
-    ids = [rng.integers(3, VOCABULARY, length).tolist() for length in lengths]
-    return [
-        {"input_ids": one, "mask": [i % 2 == 1 for i in range(len(one))], "label": f"{n}"} for n, one in enumerate(ids)
-    ]
-
-
-def capture(model: PreTrainedModel, dataset: Any, out: Path, **options: Any) -> CaptureResult:
-    settings = {"sites": "resid_post.1", "rows_per_shard": HEIGHT, "batch_tokens": HEIGHT, "grow": True, **options}
-    return capture_dataset(model, dataset, out=out, **settings)
-
-
 @pytest.fixture(scope="module")
 def reference(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A capture that reads everything before the model runs: nothing can be in another order."""
     out = tmp_path_factory.mktemp("reference") / "a.zarr"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(growing, "FIRST_PART_BYTES", 2000)
+        patch.setattr(growing, "FIRST_PART_BYTES", PART_BYTES)
         patch.setattr(growing.ExamplesAhead, "go_on", _reading_all(growing.ExamplesAhead.go_on))
         capture(model, make_rows(), out)
     return out
@@ -299,12 +282,7 @@ def test_two_workers_share_what_grows(model: PreTrainedModel, reference: Path, t
 
 
 def test_killed_captures_go_on(forks: Forks, tmp_path: Path) -> None:
-    """Long labels make parts of few examples, as the parts of a real dataset are of many."""
-    rng, dataset = np.random.default_rng(4), tmp_path / "rows.jsonl"
-    with dataset.open("w") as file:
-        for i in range(24):
-            ids = rng.integers(3, 1024, 1 + 7 * (i % 9)).tolist()
-            file.write(json.dumps({"input_ids": ids, "label": f"{i}" * 2**18}) + "\n")
+    dataset = write_long_labels(tmp_path / "rows.jsonl")
 
     def words(name: str) -> list[str]:
         (tmp_path / name).mkdir(exist_ok=True)

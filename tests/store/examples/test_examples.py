@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from residua.store.base.errors import DatasetError
-from residua.store.examples import writer as example_writer
 from residua.store.examples.index import Example
 from residua.store.examples.table import ExampleTable
 from residua.store.examples.writer import ExampleWriter
+from residua.store.storage import destination
 from tests.store.example_samples import CONTENT, Content, as_lists, example, expected_digest, written
 
 
@@ -163,7 +163,7 @@ class TestParts:
         writer = ExampleWriter(tmp_path)
         writer.add(example([1, 2], [1]))
         with monkeypatch.context() as patch:
-            patch.setattr(example_writer, "write_file", full)
+            patch.setattr(destination, "write_file", full)
             with pytest.raises(OSError, match="no space left"):
                 writer.flush()
         assert list(tmp_path.iterdir()) == []
