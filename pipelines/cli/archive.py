@@ -370,6 +370,7 @@ def _checkpoint_of(archive: str) -> Path:
 
 
 def _pack(options: argparse.Namespace) -> int:
+    from residua.store.read.stacks import open_archive
     from residua.store.sealing.packed_index import INDEX
     from residua.store.sealing.seal import pack
 
@@ -379,12 +380,12 @@ def _pack(options: argparse.Namespace) -> int:
         return _repack(options)
     with StepProgress("shard", shown=shows_progress(options)) as progress:
         pack(options.archive, on_shard=progress.step)
-    archive = Path(options.archive)
-    n_bytes = (archive / INDEX).stat().st_size
+    archive = open_archive(options.archive)
+    place, n_bytes = f"{archive.place}/{INDEX}", int(str((archive.metadata.index or {})["n_bytes"]))
     if options.json:
-        print_json({"index": str(archive / INDEX), "n_bytes": n_bytes})
+        print_json({"index": place, "n_bytes": n_bytes})
     else:
-        print(f"packed: {archive / INDEX} ({human_bytes(n_bytes)})")
+        print(f"packed: {place} ({human_bytes(n_bytes)})")
     return 0
 
 

@@ -14,7 +14,7 @@ of a raw array, so that they are written without a copy.
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -291,9 +291,26 @@ def read_chunk_table(path: Path, spec: ArraySpec, n_rows: int) -> ChunkTable:
         UnsafeArchiveError: The index is forged.
     """
     with open_shard(path) as descriptor:
-        index = read_index(descriptor, spec, n_rows=n_rows, path=path)
-        ends = (index.offsets + index.sizes).tolist()
-        crcs = [os.pread(descriptor, CRC_BYTES, end - CRC_BYTES) for end in ends]
+        n_bytes = os.fstat(descriptor).st_size
+        return chunk_table_of(lambda at, size: os.pread(descriptor, size, at), n_bytes, spec, n_rows, path)
+
+
+def chunk_table_of(
+    read: Callable[[int, int], bytes], file_bytes: int, spec: ArraySpec, n_rows: int, path: Path
+) -> ChunkTable:
+    """Return what `read_chunk_table` does, of a file that `read` reads.
+
+    Args:
+        read: Returns the bytes from an offset on, as many as are asked for.
+        file_bytes: Size of the file.
+        spec: The array that the file belongs to.
+        n_rows: Rows that the shard holds.
+        path: The file, for messages.
+    """
+    size = index_bytes(spec)
+    stored = read(file_bytes - size, size) if size <= file_bytes else b""
+    index = parse_index(stored, spec, n_rows=n_rows, file_bytes=file_bytes, path=path)
+    crcs = [read(end - CRC_BYTES, CRC_BYTES) for end in (index.offsets + index.sizes).tolist()]
     if any(len(crc) < CRC_BYTES for crc in crcs):
         raise DamagedArchiveError(f"{path} was cut short while it was read: {RESTORE}")
     return _chunk_table(index.sizes.tolist(), crcs)

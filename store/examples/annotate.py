@@ -9,7 +9,6 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from residua.store.examples.index import starts
 from residua.store.examples.side_tables import (
     FOLDER,
     KINDS,
+    SIDE_TABLES,
     SideTable,
     column_problem,
     name_problem,
@@ -34,8 +34,10 @@ from residua.store.examples.side_tables import (
 from residua.store.examples.table import ExampleTable
 from residua.store.examples.token_values import is_list, token_values
 from residua.store.examples.writer import EXAMPLES_PER_GROUP
-from residua.store.storage.files import make_folders, sweep, write_file
+from residua.store.storage.destination import BucketFolder, Destination, DiskFolder
+from residua.store.storage.files import make_folders
 from residua.store.storage.lock import try_flock
+from residua.store.storage.mirror import naming
 
 EXAMPLE, ROW = "example", "row"
 
@@ -43,7 +45,7 @@ Numbers = npt.NDArray[np.int64]
 
 
 def annotate(
-    archive: Path,
+    archive: Destination,
     examples: ExampleTable,
     table: Any,
     *,
@@ -53,10 +55,10 @@ def annotate(
     replace: bool,
     allow_unmatched: bool,
 ) -> SideTable:
-    """Write a side table into the folder of an archive, as `residua.store.read.archive.Archive.annotate` says.
+    """Write a side table into an archive, as `residua.store.read.archive.Archive.annotate` says.
 
     Args:
-        archive: Folder of the archive.
+        archive: Where the archive is.
         examples: Its examples.
         table: As for `Archive.annotate`, as the others.
         key: Likewise.
@@ -89,7 +91,7 @@ def annotate(
         )
 
 
-def remove_annotations(archive: Path, examples: ExampleTable, name: str) -> None:
+def remove_annotations(archive: Destination, examples: ExampleTable, name: str) -> None:
     """Remove a side table.
 
     Raises:
@@ -98,7 +100,7 @@ def remove_annotations(archive: Path, examples: ExampleTable, name: str) -> None
     """
     index = examples.index()
     with _alone(archive):
-        known = read_side_tables(archive, index)
+        known = read_side_tables(archive.path, index)
         left = [table for table in known if table.name != name]
         if len(left) == len(known):
             have = few([table.name for table in known]) or "none"
@@ -234,10 +236,12 @@ def _by_token(name: str, values: Any, examples: ExampleTable, lines: Numbers) ->
     return pa.chunked_array(chunks, pa.list_(values.type))
 
 
-def _write(archive: Path, examples: ExampleTable, found: pa.Table, table: SideTable, *, replace: bool) -> SideTable:
+def _write(
+    archive: Destination, examples: ExampleTable, found: pa.Table, table: SideTable, *, replace: bool
+) -> SideTable:
     """Write the files of a table, then `annotations.json`; what it names no more is removed."""
     index = examples.index()
-    known = read_side_tables(archive, index)
+    known = read_side_tables(archive.path, index)
     if any(each.name == table.name for each in known) and not replace:
         raise PlanError(
             f"{archive} has a side table {table.name!r}: choose another name, or replace it ({named('replace', True)})"
@@ -256,7 +260,7 @@ def _write(archive: Path, examples: ExampleTable, found: pa.Table, table: SideTa
         )
         data = sink.getvalue().to_pybytes()
         table = dataclasses.replace(table, files=(*table.files, hashlib.sha256(data).hexdigest()))
-        write_file(archive / table.paths()[part], [data])
+        archive.keep(table.paths()[part], data)
     tables = [table if each.name == table.name else each for each in known]
     tables += [] if table in tables else [table]
     write_side_tables(archive, index.digest, tables)
@@ -264,28 +268,35 @@ def _write(archive: Path, examples: ExampleTable, found: pa.Table, table: SideTa
     return table
 
 
-def _clean(archive: Path, tables: Sequence[SideTable]) -> None:
+def _clean(archive: Destination, tables: Sequence[SideTable]) -> None:
     """Remove files of earlier side tables, and of writers that were killed."""
     named_files = {path for table in tables for path in table.paths()}
-    sweep(archive / FOLDER)
-    for path in (archive / FOLDER).iterdir():
-        if path.suffix == ".parquet" and f"{FOLDER}/{path.name}" not in named_files:
-            with suppress(OSError):
-                path.unlink()
+    if isinstance(archive, DiskFolder):
+        archive.inside(FOLDER).sweep()
+    left = (f"{FOLDER}/{name}" for name in archive.names(FOLDER) if name.endswith(".parquet"))
+    with suppress(OSError):
+        archive.remove([name for name in left if name not in named_files])
 
 
 @contextmanager
-def _alone(archive: Path) -> Iterator[None]:
+def _alone(archive: Destination) -> Iterator[None]:
     """Let one process at a time write side tables of an archive.
 
     Raises:
         PlanError: Another one does.
+        ArchiveInUseError: Another run writes the archive, which is in a bucket.
         OSError: The archive cannot be written.
     """
-    folder = archive / FOLDER
+    if isinstance(archive, BucketFolder):
+        with archive.locked(), naming(archive.path, archive):
+            if archive.n_bytes(SIDE_TABLES) is not None:
+                archive.fetch([SIDE_TABLES])
+            yield
+        return
+    folder = archive.path / FOLDER
     try:
         make_folders(folder)
-        if not os.access(archive, os.W_OK) or not os.access(folder, os.W_OK):
+        if not os.access(archive.path, os.W_OK) or not os.access(folder, os.W_OK):
             raise PermissionError(13, "it may not be written")
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:

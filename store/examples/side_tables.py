@@ -31,7 +31,7 @@ from residua.store.examples.index import (
 from residua.store.examples.part import PartFile, read_columns, read_part_file
 from residua.store.format.archive_metadata import SIDECAR_FOLDERS, file_digest
 from residua.store.format.row_columns import IMAGE_COLUMNS, ROW_COLUMNS
-from residua.store.storage.files import write_file
+from residua.store.storage.destination import Destination
 
 SIDE_TABLES = "annotations.json"
 FOLDER = "annotations"
@@ -123,17 +123,17 @@ def name_problem(name: object) -> str:
     return f"{str(name)[:60]!r} names no side table: use letters, digits, underscores, dots and hyphens"
 
 
-def write_side_tables(archive: Path, examples: str, tables: Sequence[SideTable]) -> None:
+def write_side_tables(archive: Destination, examples: str, tables: Sequence[SideTable]) -> None:
     """Write `annotations.json`, durably and in one step.
 
     Args:
-        archive: Folder of the archive.
+        archive: Where the archive is.
         examples: Digest of the example table.
         tables: All side tables of the archive.
     """
     entry: dict[str, Json] = {"examples": examples, "tables": [table.to_json() for table in tables]}
     content = json.dumps(with_digest("annotations", entry), indent=2, ensure_ascii=False)
-    write_file(archive / SIDE_TABLES, [content.encode()])
+    archive.keep(SIDE_TABLES, content.encode())
 
 
 def read_side_tables(archive: Path, index: ExampleIndex) -> list[SideTable]:

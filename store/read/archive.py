@@ -45,6 +45,7 @@ from residua.store.read.zarr_group import ArchiveStore, open_zarr_group
 from residua.store.sealing.losses import describe_losses, losses_of
 from residua.store.sealing.packed_index import INDEX, PackedIndex
 from residua.store.storage.address import is_remote, shown
+from residua.store.storage.destination import Destination, DiskFolder
 
 REPLAY_RULE = "replay"
 """Entry of the plan's `rules` (digest of what was replayed) and of the provenance (its description)."""
@@ -408,33 +409,34 @@ class Archive(Mapping[str, ArchiveArray]):
         Raises:
             DatasetError: The key or a column cannot be used, lines match nothing or the same, or the examples have a
                 column of that name.
-            PlanError: There is a side table of that name, or the archive is at an address.
+            PlanError: There is a side table of that name, or the archive is at an address that is not written to.
             NotCapturedError: The number of examples is not known yet.
             OSError: The archive cannot be written.
 
         Example:
             >>> archive.annotate({"example": [0, 1], "toxic": [True, False]}, name="judge")  # doctest: +SKIP
         """
-        self._require_own_folder()
         settings: dict[str, Any] = {"replace": replace, "allow_unmatched": allow_unmatched}
-        return annotate(self.path, self.example_table, table, key=key, name=name, columns=columns, **settings)
+        return annotate(
+            self._for_side_tables(), self.example_table, table, key=key, name=name, columns=columns, **settings
+        )
 
     def remove_annotations(self, name: str) -> None:
         """Remove a side table.
 
         Raises:
-            PlanError: There is none of that name, or the archive is at an address.
+            PlanError: There is none of that name, or the archive is at an address that is not written to.
             OSError: The archive cannot be written.
         """
-        self._require_own_folder()
-        remove_annotations(self.path, self.example_table, name)
+        remove_annotations(self._for_side_tables(), self.example_table, name)
 
-    def _require_own_folder(self) -> None:
-        """Raise unless side tables can be kept here."""
+    def _for_side_tables(self) -> Destination:
+        """Return where side tables are written; raises NotCapturedError while there may come more examples."""
         if self.metadata.n_rows is None:
             raise NotCapturedError(
                 f"{self.place} is not finished, and how many examples it will have is not known: annotate it when it is"
             )
+        return DiskFolder(self.path)
 
     @property
     def examples(self) -> pa.Table:

@@ -43,7 +43,7 @@ _HELD_BYTES = 256 * 2**20  # fetched ahead for all readers of an archive; what i
 _N_REQUESTS = 16
 _HERE = Path()
 
-PACK = "finish its capture, or run residua pack on it where it is a folder, and copy it there again"
+PACK = "finish its capture; or run residua pack on it in its bucket, or on its folder, and copy it there again"
 
 Bytes = npt.NDArray[np.uint8]
 _Arriving: TypeAlias = Future[dict[int, Bytes]]

@@ -5,8 +5,9 @@ arrays', and for the head of the packed index. Rows come as `residua.store.read.
 head come whole when they are used first.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -17,6 +18,8 @@ import zarr
 from residua.store.base.errors import NotCapturedError, PlanError, StorageError
 from residua.store.encoding.spec import ArraySpec
 from residua.store.examples.growing import each_part
+from residua.store.examples.index import ExampleIndex
+from residua.store.examples.side_tables import SIDE_TABLES, SideColumns, SideTable
 from residua.store.examples.table import ExampleTable
 from residua.store.format.archive_metadata import MAX_METADATA_BYTES, ROOT, SIDECAR_FOLDERS, read_metadata
 from residua.store.format.array_metadata import METADATA
@@ -28,10 +31,12 @@ from residua.store.read.remote import JOIN_GAP_BYTES, PACK, REQUEST_BYTES, Recor
 from residua.store.read.zarr_group import RemoteArchiveStore, open_zarr_group
 from residua.store.sealing.packed_index import INDEX, WHOLE_BYTES, PackedIndex
 from residua.store.storage.address import scheme_of
+from residua.store.storage.destination import Destination
 from residua.store.storage.disk_cache import DiskCache
 from residua.store.storage.hub import HubFolder, folder_at
 from residua.store.storage.mirror import Mirror
 from residua.store.storage.objects import DeniedError, ObjectFolder, in_parallel
+from residua.store.storage.place import WRITABLE, bucket_at
 
 Cache: TypeAlias = str | PathLike[str] | DiskCache | bool | None
 
@@ -83,6 +88,7 @@ class RemoteArchive(Archive):
         }
         self._cache = _cache_of(address, cache)
         self._mirror = Mirror(folder, self._cache)
+        self._n_annotated = 0
         with ThreadPoolExecutor(1, thread_name_prefix="residua-open") as pool:
             start = pool.submit(_start_of_index, folder)  # meanwhile, for each request waits for its answer
             try:
@@ -197,13 +203,46 @@ class RemoteArchive(Archive):
             return self.path / name
 
     def _side_state(self) -> tuple[int, ...]:
-        return ()  # what was fetched stays
+        return (self._n_annotated,)  # what was fetched stays, unless this object wrote
 
-    def _require_own_folder(self) -> None:
-        raise PlanError(
-            f"a side table is kept in the archive's folder, and {self.place} is at an address: fetch it with residua "
-            "pull, annotate the copy, and push that"
-        )
+    def _side_columns(self, index: ExampleIndex) -> list[SideColumns]:
+        with self._mirror.naming():
+            return super()._side_columns(index)
+
+    def _for_side_tables(self) -> Destination:
+        super()._for_side_tables()
+        if scheme_of(self.place) not in WRITABLE:
+            raise PlanError(
+                f"a side table is kept in the archive, and {self.place} is only read from: fetch it with residua pull, "
+                "annotate the copy, and push that"
+            )
+        return bucket_at(self.folder.address, self.folder.options)
+
+    def annotate(self, table: Any, **settings: Any) -> SideTable:
+        """Keep columns that came later in a side table, beside the archive's examples; see `Archive.annotate`.
+
+        Archives of that address that are open already, here or elsewhere, go on as they were opened.
+        """
+        with self._writing_side_tables():
+            return super().annotate(table, **settings)
+
+    def remove_annotations(self, name: str) -> None:
+        """Remove a side table; see `Archive.remove_annotations`."""
+        with self._writing_side_tables():
+            super().remove_annotations(name)
+
+    @contextmanager
+    def _writing_side_tables(self) -> Iterator[None]:
+        """Look at the side tables anew before and after."""
+        self._forget_side_tables()
+        try:
+            yield
+        finally:
+            self._forget_side_tables()
+
+    def _forget_side_tables(self) -> None:
+        (self.path / SIDE_TABLES).unlink(missing_ok=True)
+        self._n_annotated += 1
 
     @property
     def head(self) -> Path:

@@ -9,11 +9,11 @@ records stay: they are what the index is made from.
 import hashlib
 import struct
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import IO, NamedTuple, cast
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,15 @@ import numpy.typing as npt
 from residua.store.base.canonical import Json
 from residua.store.base.errors import DamagedArchiveError, NotCapturedError, PlanError
 from residua.store.encoding.codecs import PRESETS
-from residua.store.encoding.shard import RESTORE, chunk_table_problem, read_chunk_table, shard_digest, shard_path
+from residua.store.encoding.shard import (
+    RESTORE,
+    ChunkTable,
+    chunk_table_of,
+    chunk_table_problem,
+    read_chunk_table,
+    shard_digest,
+    shard_path,
+)
 from residua.store.encoding.spec import ArraySpec
 from residua.store.format.archive_metadata import (
     ROOT,
@@ -40,6 +48,7 @@ from residua.store.format.array_metadata import (
     resize_array,
 )
 from residua.store.format.commits import FOLDER, Commit, ShardFile, named_example_files, read_commit, record_name
+from residua.store.format.create import bring_archive
 from residua.store.format.dimensions import dimension_names
 from residua.store.format.plan import Plan, SitePlan
 from residua.store.sealing.losses import loss_notes
@@ -53,9 +62,12 @@ from residua.store.sealing.packed_index import (
     PackedIndex,
     file_totals,
 )
-from residua.store.storage.address import is_remote, shown
-from residua.store.storage.destination import Destination, DiskFolder, destination_of
+from residua.store.storage.address import is_remote, scheme_of, shown
+from residua.store.storage.destination import BucketFolder, Destination, DiskFolder, destination_of
 from residua.store.storage.files import write_file
+from residua.store.storage.mirror import naming
+from residua.store.storage.objects import in_parallel
+from residua.store.storage.place import WRITABLE, bucket_at
 
 _IN_MEMORY_BYTES = 64 * 1024 * 1024  # of an index while it is made; a larger one is made in a file without a name
 _FLUSH_BYTES = 16 * 1024 * 1024  # of entries in memory, of all files together
@@ -90,18 +102,27 @@ def seal(
         _seal(destination_of(archive), metadata, given, on_shard)
 
 
-def pack(archive: str | PathLike[str], *, on_shard: _Progress = lambda *_: None) -> None:
+def pack(
+    archive: str | PathLike[str],
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    on_shard: _Progress = lambda *_: None,
+) -> None:
     """Make the packed index of a finished archive, for example of one of format 1.0; an existing one is made again.
 
     The metadata of the arrays become those of format 1.1, too. No shard and no record is changed.
 
     Args:
-        archive: The archive, or its folder.
+        archive: The archive, its folder, or its address in a bucket. From there records are fetched, and of shards of
+            format 1.0 the crc32c of each chunk.
+        storage_options: For an address, as for `residua.open`; by default those of the archive, if it is open.
         on_shard: Called after each shard, with the number done and the total.
 
     Raises:
-        FileNotFoundError: There is no archive at that path.
-        PlanError: The archive is at an address.
+        FileNotFoundError: There is no archive at that place.
+        PlanError: The archive is at an address that is not written to.
+        ArchiveInUseError: Another run writes the archive in the bucket.
+        StorageError: The bucket cannot be read or written.
         NotCapturedError: The archive is not finished.
         DamagedArchiveError: A record is missing or damaged, or a file that it names is missing or has another size.
         OSError: A file cannot be written.
@@ -109,16 +130,27 @@ def pack(archive: str | PathLike[str], *, on_shard: _Progress = lambda *_: None)
     Example:
         >>> residua.pack("acts.zarr")  # doctest: +SKIP
     """
-    if is_remote(archive):
+    if not is_remote(archive):
+        _pack(DiskFolder(Path(archive)), on_shard)
+        return
+    if scheme_of(archive) not in WRITABLE:
         raise PlanError(
-            f"{shown(archive)} is at an address, and an index is made where the shards are in a folder: fetch the "
-            "archive with residua pull, pack it there, and push it"
+            f"an index is written into the archive, and {shown(archive)} is only read from: download its folder with "
+            "the service's own tools (residua pull needs the index), pack the copy, and push it"
         )
-    archive = Path(archive)
-    metadata = read_metadata(archive)
+    out = bucket_at(archive, storage_options or getattr(archive, "storage_options", None))
+    if out.n_bytes(ROOT) is None:
+        raise FileNotFoundError(f"{out} is not an archive: it has no {ROOT}. Check the address.")
+    with out.locked(), naming(out.path, out):
+        bring_archive(out)
+        _pack(out, on_shard)
+
+
+def _pack(out: Destination, on_shard: _Progress) -> None:
+    metadata = read_metadata(out.path)
     if metadata.n_rows is None:
-        raise NotCapturedError(f"{archive} is not finished: its loop is still open, or ended with an error")
-    _seal(DiskFolder(archive), metadata, metadata.sealed or _sealed_as_planned(metadata.plan), on_shard)
+        raise NotCapturedError(f"{out} is not finished: its loop is still open, or ended with an error")
+    _seal(out, metadata, metadata.sealed or _sealed_as_planned(metadata.plan), on_shard)
 
 
 def _seal(out: Destination, metadata: Metadata, sealed: Mapping[str, Json], on_shard: _Progress) -> None:
@@ -126,7 +158,7 @@ def _seal(out: Destination, metadata: Metadata, sealed: Mapping[str, Json], on_s
     if not isinstance(n_rows, int):
         raise TypeError(f"n_rows is {n_rows!r}")
     archive = out.path
-    out.fetch(f"{FOLDER}/{record_name(shard)}" for shard in range(plan.n_shards(n_rows)))
+    _bring_records(out, plan.n_shards(n_rows))
     _update_arrays(archive, plan, n_rows)
     made = _write_index(out, plan, n_rows, on_shard)
     index = PackedIndex(archive, plan, n_rows, made.entry)
@@ -141,6 +173,13 @@ def _seal(out: Destination, metadata: Metadata, sealed: Mapping[str, Json], on_s
     out.upload([*(f"{node}/{METADATA}" for node in documents), INDEX])
     write_metadata(archive, replace(metadata, files=files, sealed=sealed, index=made.entry, documents=documents))
     out.upload([ROOT])
+
+
+def _bring_records(out: Destination, n_shards: int) -> None:
+    try:
+        out.fetch(f"{FOLDER}/{record_name(shard)}" for shard in range(n_shards))
+    except FileNotFoundError as error:
+        raise DamagedArchiveError(f"{error}: run the same capture again, or restore the record from a copy") from error
 
 
 def _update_arrays(archive: Path, plan: Plan, n_rows: int) -> None:
@@ -191,10 +230,10 @@ def _write_index(out: Destination, plan: Plan, n_rows: int, on_shard: _Progress)
         examples: dict[str, str] = {}
         for shard in range(layout.n_shards):
             commit = read_commit(archive, plan, shard, n_rows)
-            for number, spec in enumerate(layout.files):
-                file = commit.arrays[spec.key]
-                _check_file(out, size_of, spec, shard, file)
-                entries.add(number, shard, _chunks(archive, spec, commit), file)
+            for spec in layout.files:
+                _check_file(out, size_of, spec, shard, commit.arrays[spec.key])
+            for number, chunks in enumerate(_chunks_of(out, layout.files, commit)):
+                entries.add(number, shard, chunks, commit.arrays[layout.files[number].key])
             examples |= named_example_files({shard: commit})
             on_shard(shard + 1, layout.n_shards)
         n_bytes = entries.finish()
@@ -281,17 +320,35 @@ class _Entries:
         return self._layout.tables_bytes + sum(map(len, self._losses))
 
 
-def _chunks(archive: Path, spec: ArraySpec, commit: Commit) -> bytes:
+def _chunks_of(out: Destination, specs: Sequence[ArraySpec], commit: Commit) -> list[bytes]:
+    """Return the chunk table of each file of a shard; from a bucket, where they take requests, several at once."""
+    is_asked = isinstance(out, BucketFolder) and not all(file.chunks for file in commit.arrays.values())
+    if is_asked:
+        return in_parallel(lambda spec: _chunks(out, spec, commit), specs)
+    return [_chunks(out, spec, commit) for spec in specs]
+
+
+def _chunks(out: Destination, spec: ArraySpec, commit: Commit) -> bytes:
     """Return the chunk table of a shard file: from the record, or from the file if the record is of format 1.0."""
     file, n_rows = commit.arrays[spec.key], commit.rows[1] - commit.rows[0]
-    table = file.chunk_table if file.chunks else read_chunk_table(shard_path(archive, spec, commit.shard), spec, n_rows)
+    table = file.chunk_table if file.chunks else _stored_table(out, spec, commit.shard, n_rows, file.n_bytes)
     problem = chunk_table_problem(table, spec, n_rows)
     if problem or shard_digest(table, spec) != file.digest:
         raise DamagedArchiveError(
-            f"{shard_path(archive, spec, commit.shard)} or its record commits/{commit.name} was altered: "
+            f"{out}/{shard_path(_HERE, spec, commit.shard)} or its record commits/{commit.name} was altered: "
             f"{problem or 'the digests of the chunks differ'}: {RESTORE}"
         )
     return table.tobytes()
+
+
+def _stored_table(out: Destination, spec: ArraySpec, shard: int, n_rows: int, file_bytes: int) -> ChunkTable:
+    path = shard_path(out.path, spec, shard)
+    if not isinstance(out, BucketFolder):
+        return read_chunk_table(path, spec, n_rows)
+    objects, name = out.objects, shard_path(_HERE, spec, shard).as_posix()
+    return chunk_table_of(
+        lambda at, size: objects.read_range(name, at, at + size).tobytes(), file_bytes, spec, n_rows, path
+    )
 
 
 def _check_file(

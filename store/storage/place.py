@@ -22,7 +22,7 @@ from residua.store.storage.lock import naming_archive, try_flock
 from residua.store.storage.objects import ObjectFolder
 
 _ROOT = "zarr.json"
-_WRITABLE = ("s3", "gs", "az")
+WRITABLE = ("s3", "gs", "az")
 _MOST_LISTED = 16
 
 
@@ -220,7 +220,7 @@ def bucket_at(out: str | PathLike[str], storage_options: Mapping[str, Any] | Non
 
 def _refuse_others(out: str | PathLike[str]) -> None:
     """Raise PlanError unless an address is in a bucket, where files are written one by one."""
-    if (scheme := scheme_of(out)) not in _WRITABLE:
+    if (scheme := scheme_of(out)) not in WRITABLE:
         later = (
             "send an archive there with residua push" if scheme == "hf" else "copy it to the server with its own tools"
         )

@@ -19,6 +19,12 @@ from residua.store.examples import writer
 from residua.store.examples.side_tables import FOLDER, SIDE_TABLES
 from residua.store.read.archive import Archive
 from residua.store.selection.row_filter import RowFilter
+from residua.store.storage.lease import leased
+from residua.store.storage.lock import ArchiveInUseError
+from residua.store.storage.objects import ObjectFolder
+from tests.servers.files import serving_files
+from tests.servers.objects import objects
+from tests.servers.s3 import S3Server
 from tests.store.small_archive import N_ROWS, files_of, make_archive
 
 TABLE: dict[str, list[Any]] = {
@@ -235,3 +241,52 @@ def test_altered_files_are_named(archive: Archive) -> None:
     file.write_text(file.read_text().replace("judge", "jugde"))
     with pytest.raises(DamagedArchiveError, match=SIDE_TABLES):
         Archive(archive.path).example_table.column_types()
+
+
+def annotations(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: data for name, data in files.items() if name.startswith("annotations")}
+
+
+def test_a_side_table_in_a_bucket_is_the_one_of_a_folder(archive: Archive, s3: S3Server) -> None:
+    address = s3.address("annotated.zarr")
+    residua.push(archive, address, storage_options=s3.options)
+    there = residua.open(address, storage_options=s3.options)
+    first, others = {"example": [1], "points": [0.25]}, {"example": [2, 3], "class": ["a", "b"]}
+    for each in (archive, there):
+        each.annotate(first, name="judge")
+        with pytest.raises(PlanError, match="has a side table 'judge'"):
+            each.annotate(TABLE, name="judge")
+        each.annotate(TABLE, name="judge", replace=True)
+        each.annotate(others, name="later")
+    assert annotations(objects(address, s3.options)) == annotations(content(archive))
+    again = residua.open(address, storage_options=s3.options)
+    for name in ("points", "who", "n", "ok", "class"):
+        assert column(there, name) == column(again, name) == column(archive, name)
+    assert residua.verify(address, storage_options=s3.options).problems == []
+    there.remove_annotations("later")
+    archive.remove_annotations("later")
+    assert annotations(objects(address, s3.options)) == annotations(content(archive))
+    assert [table.name for table in there.side_tables] == ["judge"]
+    again.annotate(others, name="later")  # which it saw before the other removed it
+    assert [table.name for table in again.side_tables] == ["judge", "later"]
+
+
+def test_what_cannot_be_annotated_at_an_address_stays_as_it_is(archive: Archive, s3: S3Server) -> None:
+    address = s3.address("kept.zarr")
+    residua.push(archive, address, storage_options=s3.options)
+    folder, there = ObjectFolder(address, s3.options), residua.open(address, storage_options=s3.options)
+    before = objects(address, s3.options)
+    with leased(folder), pytest.raises(ArchiveInUseError, match="kept"):
+        there.annotate(TABLE, name="judge")
+    with pytest.raises(DatasetError, match="match nothing"):
+        there.annotate({"example": [10**6, 0], "points": [1.0, 2.0]}, name="judge")
+    with pytest.raises(PlanError, match=r"s3://acts/kept\.zarr has no side table 'judge'"):
+        there.remove_annotations("judge")
+    assert objects(address, s3.options) == before
+    folder.write(SIDE_TABLES, [b"{}"])
+    with pytest.raises(DamagedArchiveError, match=rf"s3://acts/kept\.zarr/{SIDE_TABLES} cannot be read"):
+        residua.open(address, storage_options=s3.options).annotate(TABLE, name="judge")
+    with serving_files(archive.path.parent) as server:
+        served = residua.open(f"{server.url}/acts.zarr", cache=False)
+        with pytest.raises(PlanError, match="only read from: fetch it with residua pull"):
+            served.annotate(TABLE, name="judge")

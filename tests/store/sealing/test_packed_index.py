@@ -16,7 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import residua
-from residua.store.base.errors import DamagedArchiveError, NotCapturedError, ResiduaError, UnsafeArchiveError
+from residua.store.base.errors import (
+    DamagedArchiveError,
+    NotCapturedError,
+    PlanError,
+    ResiduaError,
+    UnsafeArchiveError,
+)
 from residua.store.encoding.shard import shard_digest, shard_path
 from residua.store.format.archive_metadata import read_metadata, write_metadata
 from residua.store.format.array_metadata import open_array
@@ -26,7 +32,12 @@ from residua.store.read.summary import summarise
 from residua.store.sealing.losses import losses_of
 from residua.store.sealing.packed_index import HEADER, INDEX, LOSS, TOTALS, PackedIndex, file_totals
 from residua.store.sealing.seal import pack, relative_error, seal
+from residua.store.storage.lease import leased
+from residua.store.storage.lock import ArchiveInUseError
+from residua.store.storage.objects import ObjectFolder
 from residua.store.verification.verify import verify
+from tests.servers.objects import files, objects
+from tests.servers.s3 import S3Server
 from tests.store.forging import refused, sign_index, without_index
 from tests.store.small_archive import N_ROWS, N_SHARDS, make_archive, read_everything
 
@@ -112,6 +123,54 @@ def test_an_archive_of_format_1_0_can_be_packed(path: Path, tmp_path: Path) -> N
     packed = (copy / INDEX).read_bytes()
     pack(copy)
     assert (copy / INDEX).read_bytes() == packed
+
+
+def send(path: Path, server: S3Server, name: str) -> ObjectFolder:
+    """Put an archive into a bucket as any tool does."""
+    folder = ObjectFolder(server.address(name), server.options)
+    for each, data in files(path).items():
+        folder.write(each, [data])
+    return folder
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FROZEN if path.stem in ("raw", "int8-block32")], ids=lambda it: it.stem
+)
+def test_an_archive_of_format_1_0_can_be_packed_in_a_bucket(path: Path, tmp_path: Path, s3: S3Server) -> None:
+    here = Path(shutil.copytree(path, tmp_path / "a.zarr"))
+    pack(here)
+    folder = send(path, s3, f"packed-{path.stem}")
+    steps: list[tuple[int, int]] = []
+    pack(folder.address, storage_options=s3.options, on_shard=lambda *step: steps.append(step))
+    assert objects(folder.address, s3.options) == files(here)
+    there = residua.open(folder.address, storage_options=s3.options)
+    assert steps[-1] == (len(there.commits), len(there.commits))
+    assert all(np.array_equal(there[site].bits(), Archive(path)[site].bits()) for site in there.sites)
+    pack(there)
+    assert objects(folder.address, s3.options) == files(here)
+
+
+def test_packing_in_a_bucket_refuses_what_it_refuses_in_a_folder(tmp_path: Path, s3: S3Server) -> None:
+    folder = send(make_archive(tmp_path / "a.zarr"), s3, "refused")
+    kept = objects(folder.address, s3.options)
+    damaged = "sites/q/1/c/2/0/0"
+    for name, content, words in (
+        ("commits/00000001-0000.json", None, r"s3://acts/refused/commits/00000001-0000\.json"),
+        ("commits/00000001-0000.json", b"{}", r"s3://acts/refused/commits/00000001-0000\.json.*damaged"),
+        (damaged, kept[damaged][:-1], f"s3://acts/refused/{damaged} has"),
+        (damaged, None, f"s3://acts/refused/{damaged} is missing"),
+    ):
+        folder.delete([name]) if content is None else folder.write(name, [content])
+        with pytest.raises(DamagedArchiveError, match=words):
+            pack(folder.address, storage_options=s3.options)
+        folder.write(name, [kept[name]])
+    assert objects(folder.address, s3.options) == kept
+    with pytest.raises(FileNotFoundError, match="s3://acts/none is not an archive"):
+        pack(s3.address("none"), storage_options=s3.options)
+    with pytest.raises(PlanError, match="only read from: download"):
+        pack("http://127.0.0.1:9/a.zarr")
+    with leased(folder), pytest.raises(ArchiveInUseError, match="refused"):
+        pack(folder.address, storage_options=s3.options)
 
 
 def test_packing_refuses_what_is_not_finished_or_not_sound(tmp_path: Path) -> None:
