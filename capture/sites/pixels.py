@@ -150,41 +150,50 @@ def _ones(core: nn.Module) -> list[str]:
     return [name for name in ("merge_sizes",) if name in signature(core.forward).parameters]
 
 
-def inputs_of(model: nn.Module, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what a model takes of one image as `few_images` has it, from what its processor makes of the image.
+def views_of(model: nn.Module, made: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Return what a model takes of each view of one image, from what its processor makes of the image.
+
+    Returns:
+        A view as `few_images` has one image, in the order of the processor; most make one view.
 
     Raises:
-        CaptureError: The processor makes several views of the image, a film of it, or not what the model takes.
+        CaptureError: The processor makes a film of the image, or not what the model takes.
     """
-    name = type(core_of(model)).__name__
     if not is_cut(model):
         pixels = made[PIXELS]
         pixels = pixels.flatten(0, 1) if pixels.ndim > _IMAGE_AXES + 1 else pixels  # (images, views, ...)
-        found = {PIXELS: pixels}
-    else:
-        takes = signature(core_of(model).forward).parameters
-        wanted = [each for each in (GRID, _SHAPES, _PLACES, *_ones(core_of(model))) if each in takes]
-        keys = {each: (each, f"image_{each}", each.replace("pixel_", "image_")) for each in wanted}
-        found = {each: made[key] for each in wanted for key in keys[each] if key in made}
-        if len(found) < len(wanted):
-            raise CaptureError(f"{name} takes {', '.join(wanted)}, and its processor gives {', '.join(made)}")
+        return [{PIXELS: view[None]} for view in pixels]
+    takes = signature(core_of(model).forward).parameters
+    wanted = [each for each in (GRID, _SHAPES, _PLACES, *_ones(core_of(model))) if each in takes]
+    keys = {each: (each, f"image_{each}", each.replace("pixel_", "image_")) for each in wanted}
+    found = {each: made[key] for each in wanted for key in keys[each] if key in made}
+    if len(found) < len(wanted):
+        name = type(core_of(model)).__name__
+        raise CaptureError(f"{name} takes {', '.join(wanted)}, and its processor gives {', '.join(made)}")
     n_views = len(next(iter(found.values())))
-    if n_views != 1:
+    views = [{key: tensor[view : view + 1] for key, tensor in found.items()} for view in range(n_views)]
+    patches = made[PIXELS]
+    if GRID in found:
+        sizes = [prod(view[GRID][0].tolist()) for view in views]
+        if len(patches) != sum(sizes):
+            raise CaptureError(f"the processor makes {len(patches)} patches of the image, and grids of {sum(sizes)}")
+        return [_cut_view(model, part, view) for part, view in zip(torch.split(patches, sizes), views, strict=True)]
+    return [_cut_view(model, part, view) for part, view in zip(patches, views, strict=True)]
+
+
+def _cut_view(model: nn.Module, patches: Tensor, view: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return one view with its patches, without those that fill up."""
+    if _PLACES in view:
+        is_patch = (view[_PLACES] >= 0).all(-1)[0]
+        view, patches = {_PLACES: view[_PLACES][:, is_patch]}, patches[is_patch]
+    grid = view[GRID][0].tolist() if GRID in view else list(grid_of(view))
+    patches = patches if GRID in view else patches[: prod(grid)]
+    if len(patches) != prod(grid) or (GRID in view and grid[0] != 1):
         raise CaptureError(
-            f"the processor makes {n_views} views of the image, and a row of patches is of one: give a processor that "
-            "makes one (do_image_splitting=False, crop_to_patches=False, or a size that fits)"
+            f"the processor makes {len(patches)} patches of the image for {type(core_of(model)).__name__}, in a grid "
+            f"of {grid}"
         )
-    if not is_cut(model):
-        return found
-    if _PLACES in found:
-        is_patch = (found[_PLACES] >= 0).all(-1)[0]  # the others fill up
-        found = {_PLACES: found[_PLACES][:, is_patch]}
-        made = {PIXELS: made[PIXELS][:, is_patch]}
-    grid = found[GRID][0].tolist() if GRID in found else list(grid_of(found))
-    patches = made[PIXELS] if GRID in found else made[PIXELS][0, : prod(grid)]  # the others fill up
-    if len(patches) != prod(grid) or (GRID in found and grid[0] != 1):
-        raise CaptureError(f"the processor makes {len(patches)} patches of the image for {name}, in a grid of {grid}")
-    return {PIXELS: patches[None], **found}
+    return {PIXELS: patches[None], **view}
 
 
 def grid_of(inputs: Mapping[str, Tensor]) -> tuple[int, int]:
@@ -197,7 +206,7 @@ def grid_of(inputs: Mapping[str, Tensor]) -> tuple[int, int]:
 
 
 def image_arguments(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the arguments of a forward call for images that `few_images` or `inputs_of` gave, of one size.
+    """Return the arguments of a forward call for images that `few_images` or `views_of` gave, of one size.
 
     A model whose position embeddings are for another size interpolates them, if it can.
     """
@@ -331,7 +340,7 @@ def patch_order(model: nn.Module, inputs: Mapping[str, Tensor]) -> npt.NDArray[n
 
     Args:
         model: A model that takes patches.
-        inputs: One image, as `inputs_of` has it.
+        inputs: One image, as `views_of` has it.
 
     Returns:
         The number of the patch at each position, in the order of the processor; -1 for a position beside patches.

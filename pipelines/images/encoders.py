@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from residua.capture.forward.example_inputs import ExampleInputs
 from residua.capture.sites.anatomy import PIXELS
-from residua.capture.sites.pixels import grid_of, inputs_of, is_cut, patch_grid, patch_order
+from residua.capture.sites.pixels import grid_of, is_cut, patch_grid, patch_order, views_of
 from residua.capture.sites.towers import image_token_of
 from residua.pipelines.data.chats import given_fields, message_of
 from residua.pipelines.data.missing_files import to_give
@@ -41,6 +41,8 @@ _OF_TEXT = ("input_ids", "attention_mask", "position_ids", "labels")
 
 class PatchEncoder:
     """Images of a model that takes them alone: a position for each patch, with special ones around them.
+
+    Where the processor makes several views of an image, each is an example.
 
     Args:
         model: The model.
@@ -67,24 +69,26 @@ class PatchEncoder:
         """Return no text."""
         return "", ()
 
-    def encode(self, images: Sequence[Image.Image], text: str, where: str) -> ExampleInputs:  # noqa: ARG002
-        """Return an image as the model takes it, and what each position is."""
+    def encode(self, images: Sequence[Image.Image], text: str, where: str) -> list[ExampleInputs]:  # noqa: ARG002
+        """Return each view of an image as the model takes it, and what each position is."""
         try:
-            inputs = inputs_of(self._model, processed(self._processor, where, images=images[0]))
-            places = self._places(inputs, images[0], where)
+            views = views_of(self._model, processed(self._processor, where, images=images[0]))
+            return [self._view(inputs, number, images[0], where) for number, inputs in enumerate(views)]
         except CaptureError as error:
             raise DatasetError(f"{where}: {error}") from error
+
+    def _view(self, inputs: Mapping[str, Tensor], number: int, image: Image.Image, where: str) -> ExampleInputs:
+        places = self._places(inputs, number, image, where)
         n_positions = len(places["patch_row"])
         columns = {name: np.full(n_positions, -1, dtype) for name, dtype in IMAGE_COLUMNS.items()}
         patches = places.pop("is_patch") != 0
         columns["modality"][:] = np.where(patches, IMAGE, SPECIAL)
-        columns["image"][:] = 0
-        columns["view"][patches] = 0
+        columns["image"][:], columns["view"][:] = 0, number
         for name, values in places.items():
             columns[name][:] = values
         return ExampleInputs(input_ids=np.full(n_positions, NO_TOKEN, np.int32), tensors=inputs, columns=columns)
 
-    def _places(self, inputs: Mapping[str, Tensor], image: Image.Image, where: str) -> dict[str, Any]:
+    def _places(self, inputs: Mapping[str, Tensor], view: int, image: Image.Image, where: str) -> dict[str, Any]:
         """Return which positions are patches, and where these lie in the image; -1 for what has no place."""
         if not is_cut(self._model):
             grid = patch_grid(self._model, tuple(inputs[PIXELS].shape[1:]))
@@ -95,11 +99,13 @@ class PatchEncoder:
             return {"is_patch": is_patch, "patch_row": rows, "patch_column": columns}
         order, cut = patch_order(self._model, inputs), grid_of(inputs)
         if cut not in self._cuts:
-            self._cuts[cut] = self._cut_by_processor(cut, image, where)
+            self._cuts[cut] = self._cut_by_processor(cut, view, image, where)
         rows, columns = (np.where(order < 0, -1, of_patches[order]) for of_patches in self._cuts[cut])
         return {"is_patch": order >= 0, "patch_row": rows, "patch_column": columns}
 
-    def _cut_by_processor(self, grid: tuple[int, int], image: Image.Image, where: str) -> tuple[Numbers, Numbers]:
+    def _cut_by_processor(
+        self, grid: tuple[int, int], view: int, image: Image.Image, where: str
+    ) -> tuple[Numbers, Numbers]:
         """Return row and column of each patch that the processor cuts, in its order; -1 where they are not known.
 
         It cuts two images of the same size that grow brighter, one from the top to the bottom and one from the left to
@@ -111,7 +117,7 @@ class PatchEncoder:
         for values, n in zip((down, across), grid, strict=True):
             grey = np.broadcast_to(values.round().astype(np.uint8), (height, width))
             made = processed(self._processor, where, images=Image.fromarray(grey).convert("RGB"))
-            patches = inputs_of(self._model, made)[PIXELS][0]
+            patches = views_of(self._model, made)[view][PIXELS][0]
             ranks.append(_ranks(patches.double().flatten(1).mean(1).numpy(), n))
         rows, columns = ranks
         if rows is None or columns is None or len(set(zip(rows, columns, strict=True))) != prod(grid):
@@ -206,8 +212,8 @@ class TokenEncoder:
         except Exception as error:  # the boundary to the chat template, a program that may raise anything
             raise DatasetError(f"{where}: the chat template refuses this chat: {error}") from error
 
-    def encode(self, images: Sequence[Image.Image], text: str, where: str) -> ExampleInputs:
-        """Return the tokens, with those that stand for patches, and the processor's other tensors.
+    def encode(self, images: Sequence[Image.Image], text: str, where: str) -> list[ExampleInputs]:
+        """Return one example: the tokens, with those that stand for patches, and the processor's other tensors.
 
         Raises:
             DatasetError: The processor refuses text and images, or the text has no place for the images.
@@ -229,7 +235,7 @@ class TokenEncoder:
         columns = {name: np.full(input_ids.size, -1, dtype) for name, dtype in IMAGE_COLUMNS.items()}
         columns["modality"] = modality.astype(np.int8)
         _place(columns, np.flatnonzero(is_patch), self._n_tokens(found, len(images)), self._grids(found))
-        return ExampleInputs(input_ids=input_ids, tensors=tensors, columns=columns)
+        return [ExampleInputs(input_ids=input_ids, tensors=tensors, columns=columns)]
 
     def _adds_special(self, text: str) -> bool:
         if self._settings.add_special_tokens is not None:

@@ -6,7 +6,7 @@ An `Encoder` says what a model makes of a row. The same encoder makes the rows' 
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Protocol, Self
@@ -23,7 +23,7 @@ from residua.pipelines.images.spool import Spool, SpoolWriter, spool_folder
 from residua.store.base.canonical import Json
 from residua.store.base.errors import DatasetError
 from residua.store.base.naming import named
-from residua.store.examples.index import IMAGES, INPUT_PREFIX, OTHER_INPUTS, Example
+from residua.store.examples.index import IMAGES, INPUT_PREFIX, OTHER_INPUTS, Example, IntArray
 from residua.store.format.row_columns import MODALITIES
 from residua.store.selection.positions import kept_positions, marks_of
 
@@ -41,14 +41,17 @@ class Encoder(Protocol):
         ...
 
     needs_image: bool
-    """Whether each example has exactly one image, and no text."""
+    """Whether each example has exactly one image, or one view of it, and no text."""
 
     def text_of(self, row: Row, number: int) -> tuple[str, Sequence[str]]:
         """Return the text of a row as the processor takes it, and the columns that it was made of."""
         ...
 
-    def encode(self, images: Sequence[Image.Image], text: str, where: str) -> ExampleInputs:
-        """Return what the model is given; raises DatasetError that begins with `where`."""
+    def encode(self, images: Sequence[Image.Image], text: str, where: str) -> list[ExampleInputs]:
+        """Return what the model is given: an example, or one for each view of an image.
+
+        Raises DatasetError that begins with `where`.
+        """
         ...
 
 
@@ -115,14 +118,20 @@ class ImageInputs:
     spool: Spool
     encoder: Encoder
     max_pixels: int
+    _last: dict[tuple[tuple[str, ...], str], list[ExampleInputs]] = field(default_factory=dict, init=False, repr=False)
 
     def of(self, example: int) -> ExampleInputs:
         """Return the inputs of one example."""
-        images, text = self.spool.read(example)
-        where = f"example {example}"
-        return self.encoder.encode(
-            [open_image(it, max_pixels=self.max_pixels, where=where) for it in images], text, where
-        )
+        images, text, view = self.spool.read(example)
+        given = (tuple(it.sha256 for it in images), text)
+        found = self._last.get(given)  # the views of an image follow each other
+        if found is None:
+            where = f"example {example}"
+            opened = [open_image(it, max_pixels=self.max_pixels, where=where) for it in images]
+            found = self.encoder.encode(opened, text, where)
+            self._last.clear()
+            self._last[given] = found
+        return found[view]
 
 
 def read_image_examples(
@@ -135,7 +144,7 @@ def read_image_examples(
     report: DatasetReport,
     only: Collection[int] | None = None,
 ) -> Iterator[Example]:
-    """Read a dataset with images as examples, one a row and in the order of the dataset.
+    """Read a dataset with images as examples, in its order: one a row, or one for each view of its image.
 
     Args:
         source: As for `residua.pipelines.data.dataset.read_examples`; also an iterable of PIL images or paths.
@@ -233,9 +242,9 @@ class _Reading:
                 continue
             whole = [(images, {})] if self.only is None else [([it], {_SOURCE_IMAGE: n}) for n, it in enumerate(images)]
             for chosen, columns in whole:
-                example = self._example(row, number, chosen, text, used, columns)
-                if example is not None:
-                    spool.add(chosen, text)
+                examples = self._examples(row, number, chosen, text, used, columns)
+                spool.add(chosen, text, list(examples))
+                for example in examples.values():
                     report.count(example)
                     yield example
         if not report.n_examples:
@@ -254,7 +263,7 @@ class _Reading:
     def _where(self, number: int) -> str:
         return f"row {number}, column {self.column!r}"
 
-    def _example(
+    def _examples(
         self,
         row: Row,
         number: int,
@@ -262,11 +271,29 @@ class _Reading:
         text: str,
         used: Sequence[str],
         columns: Mapping[str, object],
-    ) -> Example | None:
-        """Return the example of a row, or of one image of it; None if it is left out."""
-        where, rule = self._where(number), self.settings.rule
+    ) -> dict[int, Example]:
+        """Return the example of a row, or of one image of it, or of each view of that image; without those left out."""
+        where = self._where(number)
         pixels = [open_image(each, max_pixels=self.settings.max_image_pixels, where=where) for each in images]
-        found = self.encoder.encode(pixels, text, where)
+        others: Mapping[str, object] = {
+            name: value for name, value in row.items() if name not in (self.column, self.settings.rule.column, *used)
+        }
+        where_from = dict(zip(SOURCE_COLUMNS, (number, 0), strict=True))
+        found = {}
+        for view, inputs in enumerate(self.encoder.encode(pixels, text, where)):
+            positions = self._positions(row, number, inputs)
+            if positions is not None:
+                found[view] = Example(
+                    input_ids=inputs.input_ids.astype(np.int32),
+                    positions=positions,
+                    columns={**others, **where_from, **columns, **_recorded(inputs)},
+                    images=tuple(each.sha256 for each in images),
+                )
+        return found
+
+    def _positions(self, row: Row, number: int, found: ExampleInputs) -> IntArray | None:
+        """Return the positions of an example that are kept; None if it is left out."""
+        where, rule = self._where(number), self.settings.rule
         n_tokens = found.input_ids.size
         if self.limit is not None and n_tokens > self.limit:
             raise DatasetError(
@@ -286,16 +313,7 @@ class _Reading:
         if not positions.size:
             self.report.n_without_rows += 1
             return None
-        others: Mapping[str, object] = {
-            name: value for name, value in row.items() if name not in (self.column, rule.column, *used)
-        }
-        where_from = dict(zip(SOURCE_COLUMNS, (number, 0), strict=True))
-        return Example(
-            input_ids=found.input_ids.astype(np.int32),
-            positions=positions,
-            columns={**others, **where_from, **columns, **_recorded(found)},
-            images=tuple(each.sha256 for each in images),
-        )
+        return positions
 
 
 def _recorded(found: ExampleInputs) -> dict[str, object]:

@@ -21,7 +21,7 @@ from residua.store.storage.lock import try_flock
 
 _CONTENT, _INDEX = "content", "index.npy"
 _TEXT, _FILE, _PATH, _PIXELS = range(4)
-_FIELDS = 6  # example, kind, offset, bytes, width, height
+_FIELDS = 6  # example, kind, offset, bytes, width, height; of a text, the number of the view in place of the width
 
 
 @contextmanager
@@ -58,21 +58,24 @@ class SpoolWriter:
         self._offset = 0
         self._n_examples = 0
 
-    def add(self, images: Sequence[GivenImage], text: str) -> None:
-        """Append what one example has: its images, and the text that they belong to."""
-        self._put(_TEXT, text.encode(), (0, 0))
+    def add(self, images: Sequence[GivenImage], text: str, views: Sequence[int] = (0,)) -> None:
+        """Append images, and the text that they belong to, of one example for each view of them."""
+        kept = [(_TEXT, text.encode(), (0, 0))]
         for image in images:
             if image.path is not None:
-                self._put(_PATH, f"{image.sha256}{image.path}".encode(errors="surrogateescape"), (0, 0))
+                kept.append((_PATH, f"{image.sha256}{image.path}".encode(errors="surrogateescape"), (0, 0)))
             else:
                 kind = _FILE if image.size is None else _PIXELS
-                self._put(kind, bytes.fromhex(image.sha256) + image.content, image.size or (0, 0))
-        self._n_examples += 1
-
-    def _put(self, kind: int, content: bytes, size: tuple[int, int]) -> None:
-        self._file.write(content)
-        self._index.extend((self._n_examples, kind, self._offset, len(content), *size))
-        self._offset += len(content)
+                kept.append((kind, bytes.fromhex(image.sha256) + image.content, image.size or (0, 0)))
+        for view in views:
+            offset = self._offset
+            for kind, content, size in kept:
+                sides = (view, 0) if kind == _TEXT else size
+                self._index.extend((self._n_examples, kind, offset, len(content), *sides))
+                offset += len(content)
+            self._n_examples += 1
+        for _, content, _ in kept:
+            self._offset += self._file.write(content)
 
     def __enter__(self) -> "SpoolWriter":
         return self
@@ -95,20 +98,20 @@ class Spool:
         self._index: npt.NDArray[np.int64] = np.load(folder / _INDEX, mmap_mode="r", allow_pickle=False)
         self._examples = np.array(self._index[:, 0])
 
-    def read(self, example: int) -> tuple[list[GivenImage], str]:
-        """Return the images of one example, and its text."""
+    def read(self, example: int) -> tuple[list[GivenImage], str, int]:
+        """Return the images of one example, its text, and the number of its view of them."""
         start, stop = np.searchsorted(self._examples, [example, example + 1]).tolist()
-        text, images = "", list[GivenImage]()
+        text, of_view, images = "", 0, list[GivenImage]()
         with self._content.open("rb") as file:
             for _, kind, offset, n_bytes, width, height in self._index[start:stop].tolist():
                 file.seek(offset)
                 content = file.read(n_bytes)
                 if kind == _TEXT:
-                    text = content.decode()
+                    text, of_view = content.decode(), width
                 elif kind == _PATH:
                     path = Path(content[64:].decode(errors="surrogateescape"))
                     images.append(GivenImage(sha256=content[:64].decode(), path=path))
                 else:
                     size = (width, height) if kind == _PIXELS else None
                     images.append(GivenImage(sha256=content[:32].hex(), content=content[32:], size=size))
-        return images, text
+        return images, text, of_view

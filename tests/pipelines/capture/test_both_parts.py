@@ -77,6 +77,38 @@ def test_tower_and_text_model_are_captured_together(name: str, tmp_path: Path) -
         torch.testing.assert_close(run.logits[0], outputs[2].logits[0], atol=1e-4, rtol=1e-4)
 
 
+def test_each_view_of_an_image_is_an_example_of_the_tower(tmp_path: Path) -> None:
+    model, processor = MULTIMODAL["idefics3"]()
+    options: dict[str, Any] = {"processor": processor, "image_column": "images", "batch_tokens": 40}
+    archive = residua.capture_dataset(model, CHATS, sites=SITES, out=tmp_path / "a.zarr", **options).archive
+    assert isinstance(archive, StackedArchive)
+    calls = []
+    for chat in CHATS:
+        text = processor.apply_chat_template(chat["messages"])
+        images = {"images": [chat["images"]]} if chat["images"] else {}
+        calls.append(processor(text=[text], add_special_tokens=False, return_tensors="pt", **images))
+    expected = torch.cat(tower_states(model, [call for call in calls if "pixel_values" in call]))
+    torch.testing.assert_close(torch.as_tensor(archive["vision.resid_post.1"][:]), expected, atol=1e-4, rtol=1e-4)
+    tower, text_rows = archive.stacks["vision"], archive.stacks["text"].rows
+    n_views = {tuple(call["pixel_values"].shape[:2]) for call in calls if "pixel_values" in call}
+    assert len(tower.example_table) == sum(a * b for a, b in n_views) > len(PICTURES)
+    columns = [np.asarray(tower.examples[name].to_pylist()) for name in ("source_index", "source_image")]
+    of_rows = np.asarray(tower.rows.example[:])
+    assert tower.rows.view is not None
+    assert text_rows.view is not None
+    assert text_rows.image is not None
+    views = {*zip(*(each[of_rows] for each in columns), np.asarray(tower.rows.view[:]), strict=True)}
+    of_text = {
+        *zip(*(np.asarray(each[:]) for each in (text_rows.example, text_rows.image, text_rows.view)), strict=True)
+    }
+    assert views == {each for each in of_text if each[2] >= 0}
+    alone = {"out": tmp_path / "b.zarr", "processor": processor, "sites": "vision.resid_post.1", "positions": "last"}
+    by_itself = residua.capture_dataset(model, [{"image": each} for each in PICTURES], **alone).archive
+    assert by_itself.n_rows == len(tower.example_table)
+    again = residua.capture_dataset(model, [{"image": each} for each in PICTURES], **alone)
+    assert (again.stats.rows, again.resumed) == (0, True)
+
+
 def test_rows_that_the_text_leaves_out_have_no_patches(tmp_path: Path) -> None:
     model, processor = WITHOUT_CHATS["llava"]()
     rows = [{"text": "<image> what" + " red" * n, "image": picture} for n, picture in enumerate(PICTURES)]
