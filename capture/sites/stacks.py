@@ -8,6 +8,7 @@ the two apart, and which positions a row belongs to.
 Axes: `B` examples, `H` heads, `T` positions of the decoder, `S` positions of the source, `D` width of a head.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from residua.capture.runtime.wrappers import core_of, named_modules
 from residua.capture.sites.anatomy import Anatomy, path_of_blocks
 from residua.capture.sites.discovery import discover
 from residua.capture.sites.part_sites import PART_KINDS
-from residua.capture.sites.shape_probe import measure_sites, probes_of, run_probe, without_rows
+from residua.capture.sites.shape_probe import measure_sites, probes_of, run_on_tokens, run_probe, without_rows
 from residua.store.base.errors import CaptureError
 from residua.store.format.site_names import CROSS_KINDS, LAYER_KINDS, MODEL_KINDS, parse_site
 
@@ -33,6 +34,7 @@ _MORE_POSITIONS = 4  # of the source than of the decoder, in a run on a few toke
 PAIR_STACKS = ("encoder", "decoder")
 """The stacks of an encoder-decoder, in the order in which they run."""
 
+_EMBEDS = tuple(f"{stack}.embed" for stack in PAIR_STACKS)
 _ROWS = "encoder_hidden_states"
 _READ = ("q", "k", "v", "z")
 
@@ -107,9 +109,39 @@ def find_in_stacks(model: nn.Module, stacks: Collection[Stack], kinds: Collectio
             continue
         own = _in_decoder(stack, blocks, kinds) if stack.name == "decoder" else _in_encoder(stack, blocks, kinds)
         found |= {f"{stack.name}.{name}": _in_model(stack, info) for name, info in own.items()}
+    if takes_pairs(model):
+        found |= _not_embedded_there(model, {name: found[name] for name in _EMBEDS if name in found})
     if stacks and "logits" in kinds and (logits := _logits(model)) is not None:
         found[logits.name] = logits
     return found
+
+
+def _not_embedded_there(model: nn.Module, sites: Mapping[str, SiteInfo]) -> dict[str, SiteInfo]:
+    """Return those embeddings that a stack runs alone, and the full model does not: it embeds tokens by another module.
+
+    The full model runs once on a few tokens. If it needs more than those, nothing is known.
+    """
+    asked = {name: info for name, info in sites.items() if not info.problem}
+    modules, met = named_modules(core_of(model)), Counter[str]()
+    handles = [
+        modules[info.module].register_forward_hook(lambda *_, name=name: met.update([name]))
+        for name, info in asked.items()
+    ]
+    try:
+        ids = torch.ones((1, 2), dtype=torch.int64, device=input_device(model))
+        run_on_tokens(model, (1, 2), decoder_input_ids=ids)
+    except CaptureError:
+        return {}
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        name: without_rows(
+            info, f"{info.module} does not run in the full model, which embeds these tokens by another module", n_met=0
+        )
+        for name, info in asked.items()
+        if not met[name]
+    }
 
 
 def measure_in_stacks(stacks: Collection[Stack], sites: Mapping[str, SiteInfo]) -> dict[str, SiteInfo]:

@@ -11,6 +11,7 @@ from residua.capture.sites.anatomy import ATTENTION_KINDS
 from residua.capture.sites.names_to_modules import model_sites, resolve_sites
 from residua.capture.sites.stacks import stacks_of
 from residua.store.base.errors import CaptureError, UnknownSiteError
+from tests.models.registries import build
 from tests.models.tiny import TINY
 from tests.models.tiny_pairs import N_DECODER, N_ENCODER, TINY_PAIRS, tiny_whisper
 
@@ -163,3 +164,12 @@ def test_a_decoder_that_attends_in_its_own_code_has_no_parts_and_its_own_pattern
         plain = model(input_ids=IDS, decoder_input_ids=TARGETS, output_attentions=True, use_cache=False)
     for layer in range(2):
         torch.testing.assert_close(seen[f"decoder.pattern.{layer}"], plain.decoder_attentions[layer].transpose(1, 2))
+
+
+def test_an_embedding_that_only_the_stack_alone_runs_is_not_offered() -> None:
+    model = build("vision-language", "florence2")
+    sites = model_sites(model)
+    assert "encoder.embed" not in sites
+    assert "encoder.resid_pre.0" in sites
+    with pytest.raises(UnknownSiteError, match=r"encoder\.embed.*does not run in the full model"):
+        resolve_sites(model, "encoder.embed")
