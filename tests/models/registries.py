@@ -193,7 +193,10 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     **{f"masked/{name}": {} for name in ("bert", "electra", "roberta")},
     "marian": {"decoder_start_token_id": 0},
     "chameleon": {"vocabulary_map": {"<image>": 4}},
-    "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
+    **{
+        key: {"decoder": {"is_decoder": True, "add_cross_attention": True}}
+        for key in ("encoder-decoder", "vision-encoder-decoder")
+    },
     "masked/reformer": _REFORMER,
     "masked/esm": {"vocab_size": 97, "pad_token_id": 0, "mask_token_id": 3},
     "masked/esmc": _LATENT,
@@ -219,6 +222,18 @@ _TEXT_SETTINGS: dict[str, dict[str, Any]] = {
     },
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7"), _HYBRID),
     "qwen4_exp": _QWEN_4,
+    "dots3_note": _SETTINGS["dots3_note_text"],
+    "glm5_next": {
+        **_HYBRID,
+        **_LATENT,
+        "layer_types": ["linear_attention", "indexed_attention"] * 2,
+        "mlp_layer_types": ["dense", "sparse"] * 2,
+        "index_kpool": 2,
+        "qk_rope_head_dim": 0,
+        "linear_num_heads": 4,
+        "linear_head_dim": 16,
+    },
+    "muse_spark": {"moe_hidden_size": 64},
     **dict.fromkeys(("gemma4", "gemma4_unified"), _GEMMA_4),
     "cohere_compass": {**_FOUR, **_COHERE},
     "kimi_k25": _LATENT_8,
@@ -255,7 +270,54 @@ _WHOLE_SETTINGS: dict[str, dict[str, Any]] = {
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
     "nemotron_h_omni": {"image_token_id": 5, "vision_config": {"video_temporal_patch_size": 2}},
     "emu3": {"vocabulary_map": {"<image>": 4}},
+    "florence2": {
+        "vision_config": {
+            "depths": [1, 1],
+            "patch_size": [7, 3],
+            "patch_stride": [4, 2],
+            "patch_padding": [3, 1],
+            "patch_prenorm": [False, True],
+            "embed_dim": [16, 32],
+            "num_heads": [2, 4],
+            "num_groups": [2, 4],
+            "window_size": 4,
+            "projection_dim": 64,
+        }
+    },
+    "pp_formulanet": {"vision_config": {"decoder_hidden_size": 64, "post_conv_out_channels": 64}},
+    "nemo_speechlm": {
+        "audio_config": {"diarization_config": {"head_config": {"audio_hidden_size": 64}}},
+        "word_timestamp_config": {"blank_token_id": 96},
+    },
+    "dots3_note": {
+        "vision_config": {
+            "mlp_layer_types": ["dense", "sparse"],
+            "per_layer_config": None,
+            "adapter_in_dim": 64,
+            "adapter_out_dim": 64,
+        },
+        "audio_config": {"adapter_input_size": 64, "adapter_output_size": 64},
+    },
+    "glm5_next": {"vision_config": {"out_hidden_size": 64, "projection_intermediate_size": 48}},
+    "muse_spark": {
+        "audio_config": {"hidden_sizes": [16, 16], "depths": [1, 1], "patch_sizes": [16, 120], "out_hidden_size": 64},
+    },
+    **{key: {"image_token_index": 5} for key in ("blip-2", "instructblip")},
 }
+NOT_RUN = {
+    "diffusion_gemma": "each call draws the tokens that it begins from at random, so no two calls compare",
+    **dict.fromkeys(
+        ("fast_vlm", "gemma3n", "perception_lm"),
+        "its vision tower is a model of the package timm, which is not installed",
+    ),
+    "instructblipvideo": "it takes films, and Residua reads none",
+    "kyutai_speech_to_text": "each position has a token of text and one of each codebook; a dataset has one token each",
+    "pi0": "it takes the state of a robot beside text and images, and gives actions",
+    **dict.fromkeys(
+        ("qwen2_5_omni", "qwen3_omni_moe"), "the whole has no forward call; its thinker is a type of its own"
+    ),
+}
+"""Types that the sweep does not run, and why."""
 _EQUAL = [
     "qwen2_audio",
     "qwen2_5_vl",

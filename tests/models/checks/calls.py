@@ -29,10 +29,60 @@ _LARGE = frozenset(
 _VIDEO = frozenset(("timesformer", "vivit", "videomae", "videoprism_vision_model"))
 
 
+_OWN_CALLS: dict[str, Callable[[Any, Tensor, Tensor], dict[str, Tensor]]] = {
+    "idefics": lambda _model, tokens, pixels: {
+        "input_ids": tokens,
+        "pixel_values": pixels[None],
+        "image_attention_mask": torch.ones(*tokens.shape, 1, dtype=torch.long),
+    },
+    "kosmos-2": lambda model, tokens, pixels: {
+        "input_ids": torch.cat([tokens[:, :1].expand(1, model.config.latent_query_num), tokens], 1),
+        "pixel_values": pixels,
+        "image_embeds_position_mask": torch.arange(model.config.latent_query_num + tokens.shape[1])[None]
+        < model.config.latent_query_num,
+    },
+    "blip-2": lambda model, tokens, pixels: {"input_ids": _queries(model, tokens), "pixel_values": pixels},
+    "instructblip": lambda model, tokens, pixels: {
+        "input_ids": _queries(model, tokens),
+        "pixel_values": pixels,
+        "qformer_input_ids": tokens,
+    },
+    "udop": lambda _model, tokens, _pixels: {
+        "input_ids": tokens,
+        "bbox": torch.zeros(*tokens.shape, 4),
+        "decoder_input_ids": tokens[:, 3:10],
+    },
+    "pix2struct": lambda model, tokens, pixels: {
+        "flattened_patches": pixels.flatten()[: 3 * (model.encoder.embeddings.patch_projection.in_features + 2)]
+        .view(1, 3, -1)
+        .abs(),
+        "decoder_input_ids": tokens[:, 3:10],
+    },
+    "pp_formulanet": lambda _model, tokens, pixels: {"pixel_values": pixels, "decoder_input_ids": tokens[:, 3:10]},
+    "vision-encoder-decoder": lambda model, tokens, pixels: {
+        "pixel_values": pixels.repeat(1, 1, *[model.config.encoder.image_size // 32] * 2),
+        "decoder_input_ids": tokens[:, 3:10],
+    },
+}
+"""Types that are not called with tokens or images alone, and the arguments of a call, given tokens and pixels."""
+
+
+def has_own_call(key: str) -> bool:
+    """Return whether a type is checked in calls with more inputs than tokens."""
+    return key in _OWN_CALLS
+
+
+def _queries(model: Any, tokens: Tensor) -> Tensor:
+    """Return tokens after those that stand for an image."""
+    return torch.cat([torch.full((1, model.config.num_query_tokens), model.config.image_token_index), tokens], 1)
+
+
 def call_of(model: PreTrainedModel, key: str) -> dict[str, Tensor]:
     """Return the arguments of a call of one example."""
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(8, 90, (1, 13), generator=generator)
+    if key in _OWN_CALLS:
+        return _OWN_CALLS[key](model, tokens, torch.randn(1, 3, 32, 32, generator=generator))
     if model.main_input_name == "input_ids" and model.config.is_encoder_decoder:
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "decoder_input_ids": tokens[:, 3:10]}
     named = {"moonshine": "input_values", "clip": "pixel_values", "siglip": "pixel_values", "siglip2": "pixel_values"}
