@@ -17,8 +17,9 @@ a cache on the disk.
 pull files, eight at once, written to the disk durably as a pull writes them. zarr-python reads the same archive
 through its own `ObjectStore`, and through `FsspecStore` over obstore's file system.
 
-A push asks some five things one after the other that obstore alone does not (what lies there, its journal, the root
-last), and a pull some three, whatever the size: at 20 ms without a limit of the line this is most of their difference.
+A push asks four things one after the other that obstore alone does not, whatever the size: what lies there, and at the
+end what has arrived, the root, and the removal of its journal. A pull asks one: the root with the index. At 20 ms
+without a limit of the line this is most of what a push takes longer.
 
 Client, link and server share two cores. Where the line has no limit, these are what limits all cases, and decoding,
 which obstore alone does not do, counts in full: `decoding alone, from memory` is what checking and decoding the same

@@ -2,14 +2,48 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from residua.store.base.errors import PlanError, few
 from residua.store.format.plan import Plan
 from residua.store.read.archive import Archive
+from residua.store.storage.objects import in_parallel
 
 N_AT_ONCE = 8
-"""Files that are copied at a time."""
+"""Files that are copied at a time, and small ones beside them."""
+
+_SMALL_BYTES = 2**20  # a file up to this waits for the server most of the time
+_N_SMALL_AT_ONCE = 16
+
+UNKNOWN_BYTES = _SMALL_BYTES + 1
+"""Bytes to give for a file whose size is not known and that may be large."""
+
+
+class FileWork(NamedTuple):
+    """The copy of one file: its bytes, and what copies it and returns the bytes that crossed the network."""
+
+    n_bytes: int
+    work: Callable[[], int]
+
+
+def copy_files(works: Sequence[FileWork]) -> int:
+    """Copy files, the largest first, so that none is left alone at the end, and small ones beside the first of them.
+
+    Returns:
+        The bytes that crossed the network.
+    """
+    large = threading.BoundedSemaphore(N_AT_ONCE)  # which share the memory
+
+    def copy(each: FileWork) -> int:
+        with large if each.n_bytes > _SMALL_BYTES else nullcontext():
+            return each.work()
+
+    ordered = sorted(works, key=lambda each: each.n_bytes, reverse=True)
+    n_large = sum(each.n_bytes > _SMALL_BYTES for each in works)
+    ordered = [*ordered[: min(n_large, N_AT_ONCE)], *ordered[n_large:], *ordered[N_AT_ONCE:n_large]]
+    return sum(in_parallel(copy, ordered, n_at_once=N_AT_ONCE + _N_SMALL_AT_ONCE))
 
 
 @dataclass(frozen=True)

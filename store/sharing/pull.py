@@ -20,12 +20,11 @@ from residua.store.read.remote_archive import RemoteArchive
 from residua.store.read.shard_files import shard_file
 from residua.store.read.stacks import StackedArchive, open_archive
 from residua.store.sealing.packed_index import INDEX, PackedIndex
-from residua.store.sharing.copied import N_AT_ONCE, BytesDone, Copied, together
+from residua.store.sharing.copied import UNKNOWN_BYTES, BytesDone, Copied, FileWork, copy_files, together
 from residua.store.sharing.small_files import SmallFile, fetch_index, fetch_small, side_table_files, small_files
 from residua.store.storage.address import is_remote, shown
 from residua.store.storage.files import sweep, write_file
 from residua.store.storage.hub import folder_at
-from residua.store.storage.objects import in_parallel
 
 
 def pull(
@@ -119,10 +118,17 @@ class _Pull:
             done.add(sizes[i])
             return sent
 
-        works: list[Callable[[], int]] = [self._copy_side_tables]
-        works += [partial(copy_shard, i) for i in range(len(shards))]
-        works += [self._copy_index, *(partial(self._copy_small, name, file) for name, file in self._small.items())]
-        sent = sum(in_parallel(lambda work: work(), works, n_at_once=N_AT_ONCE))
+        works = [FileWork(size, partial(copy_shard, i)) for i, size in enumerate(sizes)]
+        works += [
+            FileWork(UNKNOWN_BYTES, self._copy_examples),
+            FileWork(self._archive.index.n_bytes, self._copy_index),
+        ]
+        works += [
+            FileWork(UNKNOWN_BYTES if file.sha256 else 0, partial(self._copy_small, name, file))  # arrays' are short
+            for name, file in self._small.items()
+            if not _is_of_examples(name)
+        ]
+        sent = copy_files(works)
         sent += write_file(self._out / ROOT, [(self._archive.path / ROOT).read_bytes()])
         names = [*self._small, *self._side, INDEX, ROOT]
         n_bytes = sum((self._out / name).stat().st_size for name in names)
@@ -158,6 +164,11 @@ class _Pull:
         path = self._out / name
         return 0 if path.exists() else write_file(path, [fetch_small(self._archive, name, file)])
 
+    def _copy_examples(self) -> int:
+        """Copy the files of examples behind side tables, which need them too, so that each is fetched once."""
+        sent = self._copy_side_tables()
+        return sent + sum(self._copy_small(name, file) for name, file in self._small.items() if _is_of_examples(name))
+
     def _copy_side_tables(self) -> int:
         """Copy the side tables, and at the end what names them; not over what was written here, or came earlier."""
         if (self._out / SIDE_TABLES).exists() or not self._archive.side_tables:
@@ -173,3 +184,7 @@ class _Pull:
         assert entry is not None  # noqa: S101  # an archive without an index is refused first
         PackedIndex(self._out, plan, self._archive.n_rows, entry).check()
         return n_bytes
+
+
+def _is_of_examples(name: str) -> bool:
+    return name.startswith("examples/")

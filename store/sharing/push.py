@@ -8,9 +8,10 @@ packed index has all that they say.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,7 +32,16 @@ from residua.store.read.shard_files import shard_file
 from residua.store.read.stacks import StackedArchive, archives_of, open_source
 from residua.store.sealing.packed_index import INDEX
 from residua.store.sharing.card import Licences
-from residua.store.sharing.copied import N_AT_ONCE, BytesDone, Copied, is_part_of, refuse_lost_side_tables, together
+from residua.store.sharing.copied import (
+    N_AT_ONCE,
+    BytesDone,
+    Copied,
+    FileWork,
+    copy_files,
+    is_part_of,
+    refuse_lost_side_tables,
+    together,
+)
 from residua.store.sharing.hub import HubPush
 from residua.store.sharing.pull import pull_one
 from residua.store.sharing.small_files import fetch_index, fetch_small, side_table_files, small_files
@@ -44,7 +54,7 @@ from residua.store.storage.lease import LEASE
 from residua.store.storage.objects import ObjectFolder, in_parallel
 from residua.store.storage.place import bucket_at, require_room
 
-_MEMORY_BYTES = 256 * 2**20  # of shards that are under way
+_MEMORY_BYTES = 256 * 2**20  # of large shards that are under way
 
 _OnBytes: TypeAlias = Callable[[int, int], None]
 
@@ -105,9 +115,9 @@ def push(
     out = bucket_at(address, storage_options)
     out.memory_bytes = _MEMORY_BYTES
     out.writer_threads(N_AT_ONCE)
-    is_update = _is_update(archive, out.objects)
+    there, is_update = _look(archive, out.objects)
     with _small_files_of(archive) as small:
-        return _Push(archive, out, small, is_update=is_update, keep_paths=keep_paths).run(on_bytes)
+        return _Push(archive, out, small, is_update=is_update, keep_paths=keep_paths).run(there, on_bytes)
 
 
 class _Push:
@@ -130,55 +140,56 @@ class _Push:
         last = (SIDE_TABLES, INDEX, ROOT) if is_update else (ROOT,)
         self._last = [name for name in last if name in self._files]
 
-    def run(self, on_bytes: Callable[[int, int], None]) -> Copied:
-        """Send what is not there yet."""
+    def run(self, there: Mapping[str, int], on_bytes: Callable[[int, int], None]) -> Copied:
+        """Send what is not `there` yet."""
         files = self._files
-        with ThreadPoolExecutor(1, thread_name_prefix="residua-copy") as pool:
-            listed = pool.submit(self._listed)
-            _begin(self._archive.plan, self._out.objects)
-        there = listed.result()
         to_send = [name for name in files if not (name in self._shards and there.get(name) == files[name])]
         done = BytesDone(sum(files.values()), on_bytes)
         done.add(done.total - sum(files[name] for name in to_send))
 
-        def send(name: str) -> None:
-            self._send(name)
+        def send(name: str, begun: Future[None]) -> int:
+            self._send(name, begun)
             done.add(files[name])
+            return files[name]
 
-        first = sorted((name for name in to_send if name not in self._last), key=lambda name: files[name], reverse=True)
-        in_parallel(send, first, n_at_once=N_AT_ONCE)  # the largest first, so that none is left alone at the end
+        with ThreadPoolExecutor(1, thread_name_prefix="residua-copy") as pool:
+            begun = pool.submit(_begin, self._archive.plan, self._out.objects)
+            first = (name for name in to_send if name not in self._last)
+            sent = copy_files([FileWork(files[name], partial(send, name, begun)) for name in first])
+            begun.result()
         self._require_arrived()
-        for name in self._last:
-            send(name)
+        sent += sum(send(name, begun) for name in self._last)
         self._out.objects.delete([_JOURNAL])
-        return Copied(len(files), done.total, sum(files[name] for name in to_send), tuple(self._notes))
+        return Copied(len(files), done.total, sent, tuple(self._notes))
 
-    def _send(self, name: str) -> None:
-        if name == ROOT:
-            self._out.objects.write(name, [self._root])
-        elif name in self._shards:
-            self._out.write(name, _ShardFile(self._archive, *self._shards[name]), are_kept=True)
-        else:
-            self._out.objects.write(name, self._small / name)
+    def _send(self, name: str, begun: Future[None]) -> None:
+        """Send a file, which does not appear before the copy has `begun`; the bytes of a shard go meanwhile."""
+        if name in self._shards:
+            self._out.write(name, _ShardFile(self._archive, *self._shards[name], begun), are_kept=True)
+            return
+        begun.result()
+        self._out.objects.write(name, [self._root] if name == ROOT else self._small / name)
 
     def _require_arrived(self) -> None:
-        there, objects = self._listed(), self._out.objects
+        there, objects = _listed(self._out.objects), self._out.objects
         unseen = [name for name in self._files if name not in self._last and there.get(name) != self._files[name]]
         if lost := [name for name in unseen if objects.size(name) != self._files[name]]:  # a list may lag behind
             raise StorageError(f"{self._out} lacks {few(lost)}, or has not all of it: run the same command again")
 
-    def _listed(self) -> dict[str, int]:
-        return {entry.name: entry.n_bytes for entry in self._out.objects.list()}
-
 
 class _ShardFile:
-    """The bytes of a shard file, read and compared anew each time that they are asked for."""
+    """The bytes of a shard file, read and compared anew each time that they are asked for.
 
-    def __init__(self, archive: Archive, spec: ArraySpec, shard: int) -> None:
+    They do not end before the copy has `begun`, so the object does not appear before.
+    """
+
+    def __init__(self, archive: Archive, spec: ArraySpec, shard: int, begun: Future[None]) -> None:
         self._args = archive, spec, shard
+        self._begun = begun
 
     def __iter__(self) -> Iterator[Buffer]:
-        return shard_file(*self._args)
+        yield from shard_file(*self._args)
+        self._begun.result()
 
 
 def _push_to_hub(
@@ -327,8 +338,15 @@ def _root(archive: Archive, folder: Path, *, keep_paths: bool) -> tuple[bytes, l
     return metadata_bytes(folder, replace(archive.metadata, provenance=provenance)), notes
 
 
-def _is_update(archive: Archive, folder: ObjectFolder) -> bool:
-    """Say whether the archive, or a part of it, is at the address; refuse if something else is."""
+def _listed(folder: ObjectFolder) -> dict[str, int]:
+    return {entry.name: entry.n_bytes for entry in folder.list()}
+
+
+def _look(archive: Archive, folder: ObjectFolder) -> tuple[dict[str, int], bool]:
+    """Return the sizes of what is at the address, and whether it is the archive or a part of it.
+
+    All is asked at once. Raises PlanError if something else is there.
+    """
 
     def there() -> RemoteArchive | None:
         try:
@@ -336,13 +354,13 @@ def _is_update(archive: Archive, folder: ObjectFolder) -> bool:
         except FileNotFoundError:
             return None
 
-    with ThreadPoolExecutor(1, thread_name_prefix="residua-copy") as pool:
-        lease = pool.submit(folder.size, LEASE)
+    with ThreadPoolExecutor(2, thread_name_prefix="residua-copy") as pool:
+        lease, listed = pool.submit(folder.size, LEASE), pool.submit(_listed, folder)
         found = there()
     if found is None:
         if lease.result() is not None:
             raise PlanError(f"a capture into {folder} has begun: choose another address")
-        return False
+        return listed.result(), False
     if not found.was_finished:
         raise PlanError(
             f"{folder} holds an unfinished archive: finish its capture there, choose another address, or delete it "
@@ -354,7 +372,7 @@ def _is_update(archive: Archive, folder: ObjectFolder) -> bool:
             f"{folder} holds another archive (plan {found.plan.digest[:12]}, this one is {archive.plan.digest[:12]}): "
             "choose another address, or delete it first"
         )
-    return True
+    return listed.result(), True
 
 
 def _begin(mine: Plan, folder: ObjectFolder) -> None:

@@ -99,6 +99,7 @@ def test_archives_are_not_mixed(s3: S3Server, tmp_path: Path) -> None:
     begun.create(".residua-push.json", b'{"plan": "of another archive"}')
     with pytest.raises(PlanError, match="begun"):
         push(one, begun.address, storage_options=s3.options)
+    assert [entry.name for entry in begun.list()] == [".residua-push.json"], "nothing appears beside another's"
 
 
 def test_a_site_that_was_added_goes_alone(s3: S3Server, tmp_path: Path) -> None:
