@@ -36,6 +36,8 @@ _IMAGE_AXES, _A_ROW_EACH = 3, 2
 _SHAPES = "spatial_shapes"
 """Name of the argument that tells rows and columns of each image, where patches of each fill up to one length."""
 _MASK = "pixel_attention_mask"
+_SIZES = ("target_sizes",)
+"""Names of arguments with a default under which a model does not run."""
 _PLACES = "pixel_position_ids"
 """Name of the argument that tells column and row of each patch, where patches of each image fill up to one length."""
 
@@ -237,9 +239,14 @@ def run_on_images(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor | No
     Raises:
         CaptureError: The model cannot run on these images alone.
     """
+    arguments = image_arguments(model, inputs)
+    if others := _others_needed(model, arguments):
+        raise CaptureError(
+            f"{type(core_of(model)).__name__} takes {' and '.join(others)} beside images, which is not understood here"
+        )
     with trial(model):
         try:
-            output = model(**image_arguments(model, inputs))
+            output = model(**arguments)
         except Exception as error:  # the boundary to the user's model, which may raise anything
             raise CaptureError(
                 f"{type(core_of(model)).__name__} was run on {_text(inputs)} to measure its sites, and raised "
@@ -247,6 +254,13 @@ def run_on_images(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor | No
             ) from error
     found = getattr(output, "logits", getattr(output, "last_hidden_state", None))
     return found if isinstance(found, Tensor) else None
+
+
+def _others_needed(model: nn.Module, given: Mapping[str, Any]) -> list[str]:
+    """Return the arguments beside images that a model cannot be called without."""
+    takes = signature(core_of(model).forward).parameters.values()
+    needed = [each.name for each in takes if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
+    return [name for name in [*needed, *_SIZES] if name not in given and name in [each.name for each in takes]]
 
 
 def image_probes(model: nn.Module) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -414,7 +428,8 @@ def _entering(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         found = _entered(model, inputs)
     if found.ndim != _A_ROW_EACH + 1 or len(found) != _n_images(inputs):
         raise CaptureError(
-            f"the first block of {type(core_of(model)).__name__} takes no tensor of (images, positions, width)"
+            f"the first block of {type(core_of(model)).__name__} takes {tuple(found.shape)}, and not (images, "
+            "positions, width)"
         )
     return found
 
