@@ -127,7 +127,16 @@ def _in_towers(words: Sequence[str], towers: Sequence[Tower]) -> dict[str, SiteI
     found: dict[str, SiteInfo] = {}
     for tower in towers:
         own = [word.partition(".")[2] for word in every if word.startswith(f"{tower.name}.")]
-        for info in resolve_sites(tower.module, own).values():
+        try:
+            of_tower = resolve_sites(tower.module, own)
+        except UnknownSiteError as error:
+            said = str(error).replace("'module:", f"'module:{tower.path}." if tower.path else "'module:")
+            asked = ", ".join(f"{tower.name}.{word}" for word in own)
+            place = tower.path or "the model itself"
+            raise UnknownSiteError(
+                f"{asked}: in {place}, where names have no {tower.name!r} before them: {said}"
+            ) from None
+        for info in of_tower.values():
             name = f"{tower.name}.{info.name}"
             inside = info.inside(tower.path, name)
             if tower.path and tower.name == "vision" and (info.flat or runs_alone(tower.module)):

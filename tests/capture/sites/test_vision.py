@@ -13,6 +13,7 @@ from residua.capture.sites.names_to_modules import model_sites, resolve_sites
 from residua.capture.sites.pixels import patch_grid
 from residua.capture.taps.tap import tap
 from residua.store.base.errors import CaptureError, PlanError, UnknownSiteError
+from tests.models import registries
 from tests.models.tiny_vision import FIRST_PATCH, GRID, LAYERS, PATCH, SIZE, VISION, build, pixels
 
 PARTS = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
@@ -121,3 +122,23 @@ def test_models_without_a_position_for_each_patch_are_refused(make: Any, config:
 def test_a_recorder_refuses_rows_of_patches(tmp_path: Any) -> None:
     with pytest.raises(PlanError, match=r"resid_post\.0.*capture_dataset"):
         residua.Recorder(VISION["vit"](), sites="resid_post.0", out=tmp_path / "a.zarr")
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [
+        ("mllama", r"MllamaVisionModel takes aspect_ratio_ids and aspect_ratio_mask beside images"),
+        ("minicpmv4_6", r"takes target_sizes beside images"),
+        (
+            "got_ocr2",
+            r"first block of GotOcr2VisionEncoder takes \(\d+, 4, 4, 64\), and not \(images, positions, width\)",
+        ),
+    ],
+)
+def test_a_tower_without_rows_says_why_and_what_works(name: str, cause: str) -> None:
+    model = registries.build("vision-language", name)
+    with pytest.raises(UnknownSiteError, match=rf"vision\.resid_post\.0.*{cause}") as caught:
+        resolve_sites(model, "vision.resid_post.0")
+    example = str(caught.value).partition("use module: sites, for example '")[2].partition("'")[0]
+    assert "vision" in example
+    assert list(resolve_sites(model, example)) == [example]
