@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from residua.pipelines.capture.capture import capture_dataset
-from residua.pipelines.capture.dataset_job import DatasetSource
+from residua.pipelines.capture.capture import capture_request
+from residua.pipelines.capture.dataset_job import CaptureRequest, DatasetSource
 from residua.pipelines.capture.result import CaptureResult
 from residua.pipelines.copies.join_sites import join_sites, place_beside, recover, refuse_other_rows
 from residua.pipelines.setup.settings import CaptureSettings
@@ -47,10 +47,10 @@ def add_sites(
         dataset: As for `residua.capture_dataset`; the data of the archive.
         out: Folder of the archive, which is finished, or its address in a bucket.
         settings: Settings of the archive's capture, with the new sites as `sites`; their data type and codec may
-            differ. Heights of shards and sizes of batches are those of the archive.
+            differ. Heights of shards, sizes of batches and `grow` are those of the archive.
         storage_options: For an address, as for `residua.open`.
         on_plan: As for `residua.capture_dataset`.
-        more: Further arguments of `residua.capture_dataset`.
+        more: Further arguments of `residua.capture_dataset`, but for `tensor_parallel`.
 
     Raises:
         PlanError: Model, data or settings differ from those of the archive, a site is in it already, or several
@@ -76,8 +76,9 @@ def _add(
     recover(place)
     archive = _finished(open_written(place))
     adding, options = place_beside(place), archive.storage_options
+    plan, grows = archive.plan, GROW_RULE in archive.plan.rules
     chosen = replace(
-        settings, rows_per_shard=archive.plan.rows_per_shard, batch_tokens=archive.plan.batch_tokens, head=False
+        settings, rows_per_shard=plan.rows_per_shard, batch_tokens=plan.batch_tokens, head=False, grow=grows
     )
 
     def check(plan: Plan, rows: int) -> None:
@@ -85,9 +86,8 @@ def _add(
         on_plan(plan, rows)
 
     try:
-        found = capture_dataset(
-            model, dataset, out=adding, storage_options=options, settings=chosen, on_plan=check, **more
-        )
+        request = CaptureRequest(dataset=dataset, settings=chosen, known=archive, on_plan=check, **more)
+        found = capture_request(model, adding, request, storage_options=options)
     except PlanError:
         begun = try_result_place(adding, options).out
         if begun.n_bytes(ROOT) is not None and not begun.names(FOLDER):
@@ -116,11 +116,6 @@ def _finished(archive: Archive) -> Archive:
         raise NotCapturedError(
             f"{archive.place} is not finished: run the same capture again without {named('add_sites')}, and add sites "
             "then"
-        )
-    if GROW_RULE in archive.plan.rules:
-        raise PlanError(
-            f"{archive.place} was captured with {named('grow', True)}, and sites cannot be added to such an archive: "
-            "capture them into another one"
         )
     if not archive.plan.batch_tokens:
         raise PlanError(

@@ -106,6 +106,19 @@ def capture_dataset(
         on_plan=on_plan,
         on_batch=on_batch,
     )
+    return capture_request(model, out, request, storage_options=storage_options, tensor_parallel=tensor_parallel)
+
+
+def capture_request(
+    model: str | PathLike[str] | PreTrainedModel | PipelineScheduleSingle,
+    out: str | PathLike[str],
+    request: CaptureRequest,
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    tensor_parallel: ProcessGroup | DeviceMesh | None = None,
+) -> CaptureResult:
+    """Do what `capture_dataset` says, as one request."""
+    chosen = request.settings
     is_pairs = is_pair_model(model, chosen)
     if is_pairs or sites_of_both(chosen.site_patterns):
         _refuse_for_two_archives(chosen, tensor_parallel, is_pairs=is_pairs)
@@ -135,7 +148,7 @@ def capture_dataset(
         if stack.enter_context(running_uncompiled(called)):
             job.notes.append("compiled code does not run hooks: the model ran uncompiled for this capture")
         stack.enter_context(evaluating(called))
-        figures, shared = job.run(Workers(membership), on_plan, on_batch)
+        figures, shared = job.run(Workers(membership), request.on_plan, request.on_batch)
         report = DatasetReport(**shared["dataset"])
         return CaptureResult(
             archive=job.archive,

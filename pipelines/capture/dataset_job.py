@@ -43,6 +43,7 @@ from residua.store.examples.writer import ExampleWriter
 from residua.store.format.archive_metadata import said_of
 from residua.store.format.plan import Plan, check_host_memory, choose_rows_per_shard, host_buffer_bytes
 from residua.store.format.row_columns import HAS_IMAGES, IMAGE_ROW_BYTES
+from residua.store.read.archive import Archive
 from residua.store.storage.destination import BucketFolder, Destination
 
 DatasetSource = str | PathLike[str] | Iterable[Any]
@@ -57,6 +58,7 @@ class CaptureRequest:
     tokenizer: PreTrainedTokenizerBase | None = None
     processor: object | None = None
     command: str | None = None
+    known: Archive | None = None  # finished, of the same examples, which are not made again where plans may grow
     on_example: Callable[[int, int], None] = lambda *_: None
     on_generated: Callable[[int, int], None] = lambda *_: None
     on_plan: Callable[[Plan, int], None] = lambda *_: None

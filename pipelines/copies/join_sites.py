@@ -65,6 +65,8 @@ def join_sites(archive: Archive, added: Archive) -> Archive:
         OSError: The place cannot be written, or has no hard links.
     """
     refuse_other_rows(archive, added.plan, added.place)
+    if archive.metadata.sealed != added.metadata.sealed:  # of plans that grow, which say how the examples begin
+        raise PlanError(f"{added.place} has other examples than {archive.place}: capture the same data")
     for each in (archive, added):
         each.require_captured(range(each.n_rows))
     if isinstance(archive, RemoteArchive) and isinstance(added, RemoteArchive):
@@ -78,7 +80,7 @@ def join_sites(archive: Archive, added: Archive) -> Archive:
         _create(archive, added, folder, joined)
     _link(added.path / "sites", joined / "sites")
     _publish(archive, added, joined)
-    seal(joined, read_metadata(joined))
+    seal(joined, read_metadata(joined), archive.metadata.sealed)
     before = _beside(out, "before")
     out.rename(before)
     joined.rename(out)
@@ -160,7 +162,7 @@ def _join_objects(archive: RemoteArchive, added: RemoteArchive) -> None:
             shutil.copyfile(archive.file(name, SIDECAR_FOLDERS[name.split("/")[0]], sha256), folder / name)
         _create(archive, added, folder, joined.path)
     _publish(archive, added, joined.path)
-    seal(joined, read_metadata(joined.path))  # its root goes last, and says that all is there
+    seal(joined, read_metadata(joined.path), archive.metadata.sealed)  # its root goes last, and says that all is there
     _put_in_place(target)
 
 

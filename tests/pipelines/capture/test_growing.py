@@ -323,5 +323,54 @@ def test_a_grown_archive_is_used_as_others_are(model: PreTrainedModel, reference
     assert residua.reproduce(model, reference, n_batches=3).is_exact
     with residua.replay(model, reference, examples=archive.batch_of(0), at="resid_post.1") as run:
         assert not any("loop" in note for note in run.notes)
-    with pytest.raises(PlanError, match="grow"):
-        add_sites(model, make_rows(), out=reference, settings=CaptureSettings(sites="resid_post.0", grow=True))
+
+
+def test_sites_are_added_over_the_examples_that_are_known(
+    model: PreTrainedModel, reference: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(reference, out := tmp_path / "a.zarr")
+    at_once = capture(model, make_rows(), tmp_path / "all.zarr", sites="resid_post.0,resid_post.1").archive
+    settings, ran, all_ran = CaptureSettings(sites="resid_post.0"), list[int](), threading.Event()
+
+    def rows(n: int) -> Iterator[dict[str, Any]]:
+        for number, row in enumerate(make_rows()[:n]):
+            if number == 450:
+                assert all_ran.wait(200), "the model waits for rows, although their examples are known"
+            yield row
+
+    def after(stats: RecordStats) -> None:
+        ran.append(stats.rows)
+        if stats.rows >= at_once.n_rows:
+            all_ran.set()
+
+    before = content(out)
+    with pytest.raises(DatasetError, match="another dataset"):
+        add_sites(model, rows(499), out=out, settings=settings, on_batch=after)
+    with pytest.raises(PlanError, match=r"dataset\.begins"):
+        add_sites(model, make_rows(seed=4), out=out, settings=settings)
+    assert content(out) == before
+    found = add_sites(model, rows(500), out=out, settings=settings, on_batch=after)
+    assert found.resumed
+    assert found.dataset.n_examples == 500
+    for site in at_once.sites:
+        assert np.array_equal(found.archive[site].bits(), at_once[site].bits())
+    assert found.archive.metadata.sealed == at_once.metadata.sealed
+    assert found.archive.examples == at_once.examples
+    report = verify(out)
+    assert (report.problems, report.notes) == ([], [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zarr", "all.zarr"]
+
+
+def test_sites_are_added_without_reading_what_did_not_change(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "_SETTLED_NS", -(10**15))  # the file is new
+    dataset = tmp_path / "rows.jsonl"
+    dataset.write_text("".join(json.dumps(row) + "\n" for row in make_rows()))
+    first = capture(model, str(dataset), tmp_path / "a.zarr")
+    monkeypatch.setattr(dataset_job, "read_examples", None)
+    settings = CaptureSettings(sites="resid_post.0")
+    found = add_sites(model, str(dataset), out=tmp_path / "a.zarr", settings=settings)
+    assert found.dataset == first.dataset
+    assert set(found.archive.sites) == {"resid_post.0", "resid_post.1"}
+    assert verify(tmp_path / "a.zarr").problems == []

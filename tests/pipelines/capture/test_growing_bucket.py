@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 import residua
 from residua.capture.recording.stats import RecordStats
 from residua.pipelines.capture import growing
+from residua.pipelines.capture.add_sites import add_sites
 from residua.pipelines.capture.result import CaptureResult
+from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import DatasetError, StorageError
 from residua.store.examples import growing as examples_of
 from residua.store.storage.objects import ObjectFolder
@@ -96,9 +98,21 @@ def test_a_stopped_capture_is_read_as_far_as_it_is_and_goes_on(
     assert (again.resumed, again.stats.committed_rows) == (True, whole.n_rows - n_rows)
     check_same(objects(address, s3.options), files(reference))
     assert not verify(address, storage_options=s3.options).problems
-    with pytest.raises(DatasetError, match=r"grown\.zarr was begun with another dataset"):
-        capture(llama, make_rows()[:-1], address, **options)
-    check_same(objects(address, s3.options), files(reference))
+    added = add_sites(llama, rows(), out=address, settings=CaptureSettings(sites="resid_post.0"), **options).archive
+    assert (added["resid_post.1"][:] == whole["resid_post.1"][:]).all()
+    assert added["resid_post.0"].shape == whole["resid_post.1"].shape
+    assert added.examples == whole.examples
+    assert not verify(address, storage_options=s3.options).problems
+
+
+def test_another_dataset_is_refused(s3: S3Server, llama: PreTrainedModel, reference: Path) -> None:
+    address = s3.address("others.zarr")
+    capture(llama, make_rows(), address, storage_options=s3.options)
+    before = objects(address, s3.options)
+    check_same(before, files(reference))
+    with pytest.raises(DatasetError, match=r"others\.zarr was begun with another dataset"):
+        capture(llama, make_rows()[:-1], address, storage_options=s3.options)
+    assert objects(address, s3.options) == before
 
 
 def test_a_part_that_cannot_be_sent_ends_the_capture(s3: S3Server, llama: PreTrainedModel, reference: Path) -> None:
