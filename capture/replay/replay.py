@@ -119,7 +119,7 @@ class Replay:
             PlanError: The site lies below the stored rows.
             CaptureError: The replay ended before they were computed, or another process has them.
         """
-        (name,) = self._replayer.readable_sites([site])
+        (name,) = (site,) if site in self._asked else self._replayer.readable_sites([site])
         if name not in self._asked:  # and not _sites: a process without the site must not run again alone
             self._run([*self._keep, name])
         if name not in self._sites:

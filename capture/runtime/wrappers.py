@@ -14,6 +14,7 @@ functions that a forward calls, wherever they are kept. transformers' flex atten
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from typing import Any, TypeVar, cast
 
 import torch
@@ -38,22 +39,35 @@ def inside(module: nn.Module) -> nn.Module | None:
     Raises:
         CaptureError: The wrapper runs copies of the model on slices of each batch, or adds to what the model is given.
     """
-    kinds = {kind.__name__ for kind in type(module).__mro__}
-    if not kinds.isdisjoint(_ADAPTED):
+    kind: type = type(module)
+    child, is_adapted = _wrapped_child(kind)
+    if is_adapted:
         _refuse_added_inputs(module)
-        return module.get_submodule("base_model")
-    if not kinds.isdisjoint(_TUNERS):
-        return module.get_submodule("model")
     if isinstance(module, DataParallel) and len(module.device_ids) > 1:
         raise CaptureError(
             f"the model is wrapped in nn.DataParallel over {len(module.device_ids)} devices, which runs a copy of it "
             "on a slice of each batch, so no device has the full tensor of a site. Use the model inside "
             "(model.module), or one process for each device with DistributedDataParallel"
         )
-    if isinstance(module, DistributedDataParallel | DataParallel) or type(module).__name__ in _ENGINES:
-        return module.get_submodule("module")
+    if child:
+        return module.get_submodule(child)
     children = compat.children_by_name(module)
     return next((children[name] for name in compat.WRAPPED_CHILDREN if children.get(name) is not None), None)
+
+
+@lru_cache(maxsize=4096)
+def _wrapped_child(kind: type) -> tuple[str, bool]:
+    """Return where modules of a class keep what they wrap, empty unless the class says so, and whether PEFT wraps it.
+
+    A walk through a large model asks this of every module of it.
+    """
+    names = {base.__name__ for base in kind.__mro__}
+    if not names.isdisjoint(_ADAPTED):
+        return "base_model", True
+    if not names.isdisjoint(_TUNERS):
+        return "model", False
+    wraps = issubclass(kind, DistributedDataParallel | DataParallel) or kind.__name__ in _ENGINES
+    return "module" if wraps else "", False
 
 
 def _refuse_added_inputs(adapted: nn.Module) -> None:
@@ -105,15 +119,17 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
         module in it is wrapped, the wrapper is returned under the module's name.
     """
     core = core_of(model)
-    return {"": core, **dict(_below(core, "", {id(core)}))}
+    found = {"": core}
+    _add_below(core, "", {id(core)}, found)
+    return found
 
 
-def _below(module: nn.Module, path: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
-    for name, child in core_of(module).named_children():
-        if id(child) not in seen:  # a module that occurs twice has its first name, as in torch
+def _add_below(module: nn.Module, path: str, seen: set[int], found: dict[str, nn.Module]) -> None:
+    for name, child in compat.children_by_name(core_of(module)).items():
+        if child is not None and id(child) not in seen:  # one that occurs twice has its first name, as in torch
             seen.add(id(child))
-            yield path + name, child
-            yield from _below(child, f"{path}{name}.", seen)
+            found[path + name] = child
+            _add_below(child, f"{path}{name}.", seen, found)
 
 
 def first_name(model: nn.Module, name: str) -> str:
