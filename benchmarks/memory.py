@@ -2,9 +2,10 @@
 
 The dataset is an eighth of the topics of Python's own documentation, once and several times, each time with another
 first word of every text. The shipped model captures every `resid_post` in bfloat16, with at most 16 MiB of host buffers
-(`host_memory`). A probe (`position > 10`), a lens, statistics, a pass of the loader and a replay with an ablation then
-use that archive. Probe and statistics may take 384 MiB (`memory_limit`), a lens 512 MiB; a probe keeps rows between
-passes in half of what libraries leave of it. The loader's buffer may take 16 MiB (`buffer_bytes`).
+(`host_memory`). The same capture also goes straight into a bucket on this machine (SeaweedFS), with 48 MiB for buffers
+and uploads. A probe (`position > 10`), a lens, statistics, a pass of the loader and a replay with an ablation then use
+the archive on the disk. Probe and statistics may take 384 MiB (`memory_limit`), a lens 512 MiB; a probe keeps rows
+between passes in half of what libraries leave of it. The loader's buffer may take 16 MiB (`buffer_bytes`).
 
 Each runs in a process of its own, with one thread, which first does the same for ten texts, so that libraries are
 loaded. The table shows what the process had allocated then (`RssAnon`), and what it added to that at its peak; and of
@@ -21,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -30,13 +32,17 @@ from measure import machine, parser, publish, table
 
 import residua
 
-HOST_MEMORY, BUFFER_BYTES = 16 * 2**20, 16 * 2**20
+sys.path.append(str(Path(__file__).parent.parent))  # of the tests' servers
+from tests.servers.s3 import serving_s3
+
+HOST_MEMORY, UPLOAD_MEMORY, BUFFER_BYTES = 16 * 2**20, 32 * 2**20, 16 * 2**20
 MEMORY, LENS_MEMORY = "384MiB", "512MiB"
 AS_IN_WORKERS = {"MALLOC_TRIM_THRESHOLD_": "65536"}
 MODEL = Path(__file__).parent.parent / "models" / "pydoc-1m"
 SITES, SITE = "resid_post.*", "resid_post.2"
 TOPICS = sorted(topics.items())[::8]
 FEW = 0  # times the dataset: ten texts
+_SERVERS = ExitStack()
 
 
 def texts(times: int) -> Iterator[str]:
@@ -87,9 +93,23 @@ def capture(folder: Path) -> Callable[[int], object]:
     model, tokenizer = loaded(), AutoTokenizer.from_pretrained(MODEL)
     options: Any = {"sites": SITES, "dtype": "bfloat16", "max_length": 128, "host_memory": HOST_MEMORY}
 
-    def job(times: int) -> object:
+    def job(times: int, out: str | Path = "", **more: Any) -> object:
         given = texts(times) if times else islice(texts(1), 10)
-        return residua.capture_dataset(model, given, tokenizer=tokenizer, out=folder / f"{times}.zarr", **options)
+        out = out or folder / f"{times}.zarr"
+        return residua.capture_dataset(model, given, tokenizer=tokenizer, out=out, **{**options, **more})
+
+    return job
+
+
+def capture_to_bucket(folder: Path) -> Callable[[int], object]:
+    """Capture the dataset into a bucket, whose server runs until this process ends."""
+    bucket = Path(tempfile.mkdtemp(prefix="bucket-", dir=folder))
+    server = _SERVERS.enter_context(serving_s3(bucket, n_volumes=100))
+    to_disk: Any = capture(folder)
+
+    def job(times: int) -> object:
+        out = server.address(f"{times}.zarr")
+        return to_disk(times, out, storage_options=server.options, host_memory=HOST_MEMORY + UPLOAD_MEMORY)
 
     return job
 
@@ -145,6 +165,7 @@ def replay(folder: Path) -> Callable[[int], object]:
 
 WORK: dict[str, tuple[str, Callable[[Path], Callable[[int], object]]]] = {
     "capture": ("16 MiB of buffers", capture),
+    "capture into a bucket": ("48 MiB of buffers and uploads", capture_to_bucket),
     "probe": ("384 MiB in all", lambda folder: analysis(probe, folder)),
     "lens": ("512 MiB in all", lambda folder: analysis(lens, folder, LENS_MEMORY)),
     "stats": ("384 MiB in all", lambda folder: analysis(stats, folder)),
@@ -162,9 +183,10 @@ def main() -> None:
     options.add_argument("--work", choices=WORK, help="do this, in this process, for the first of --times")
     arguments = options.parse_args()
     if arguments.work:
-        job = WORK[arguments.work][1](arguments.folder)
-        job(FEW)
-        print(json.dumps(measured(lambda: job(arguments.times[0]))))
+        with _SERVERS:
+            job = WORK[arguments.work][1](arguments.folder)
+            job(FEW)
+            print(json.dumps(measured(lambda: job(arguments.times[0]))))
         return
     found: dict[str, list[dict[str, float]]] = {name: [] for name in WORK}
     with tempfile.TemporaryDirectory(prefix="residua-memory-", dir=arguments.folder) as folder:

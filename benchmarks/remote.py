@@ -10,8 +10,11 @@ a cache on the disk.
 - scan: all rows, in blocks of a shard, as analyses read them.
 - loader: one epoch of shuffled batches of 4,096 rows, with a buffer of 64 MiB.
 - push and pull: the archive to the bucket and back to the disk.
-- capture: a trained model of 1M parameters over 8,192 tokens, all sites of the residual stream with queries and keys,
-  to the disk and straight into the bucket.
+- capture: a trained model of 1M parameters over 8,192 tokens and, where the line has no limit, over four times as many,
+  all sites of the residual stream with queries and keys, to the disk and straight into the bucket.
+
+The same archive stored `raw` is scanned and loaded where the line has no limit: what is left there beside fetching is
+what the reader itself costs, and for the loader the shuffling.
 
 `obstore` is obstore alone moving the same bytes, without looking at them: ranges of 8 MiB, 16 at once; for push and
 pull files, eight at once, written to the disk durably as a pull writes them. zarr-python reads the same archive
@@ -75,15 +78,20 @@ LINES = {"0 ms": (0.0, 0.0), "20 ms": (0.02, 0.0), "20 ms, 1 Gbit/s": (0.02, GBI
 ALONE, OURS, OBJECT_STORE, FSSPEC = "obstore", "Residua", "zarr-python, ObjectStore", "zarr-python, fsspec"
 DECODING = "decoding alone, from memory"
 OPEN, RANDOM, SCAN, LOAD, PUSH, PULL = "open", "4,096 random rows", "scan", "loader", "push", "pull"
-CAPTURE, DISK = "capture", "to the disk"
+SCAN_RAW, LOAD_RAW = f"{SCAN}, raw", f"{LOAD}, raw"
+CAPTURE, CAPTURE_MORE, DISK = "capture", "capture of 32,768 tokens", "to the disk"
+N_EXAMPLES = 32
 MODEL = Path(__file__).parent.parent / "models" / "pydoc-1m"
 TARGETS = {
     (RANDOM, OURS): "at most a request a chunk",
     (SCAN, OURS): "rate at least 0.8",
     (LOAD, OURS): "rate at least 0.8",
+    (SCAN_RAW, OURS): "rate at least 0.8",
+    (LOAD_RAW, OURS): "rate at least 0.8",
     (PUSH, OURS): "time at most 1.15",
     (PULL, OURS): "time at most 1.15",
     (CAPTURE, OURS): "CPU at most 1.2",
+    (CAPTURE_MORE, OURS): "CPU at most 1.2",
 }
 Work = Callable[[int], object]
 
@@ -116,6 +124,7 @@ class Place:
         store: obstore's store of that folder.
         folder: Where the archive is on the disk.
         objects: The archive's files below `folder`, with their sizes; objects of these names are at the server.
+        is_raw: Whether the archive is stored without compression; such a one is only scanned and loaded.
     """
 
     name: str
@@ -125,6 +134,7 @@ class Place:
     store: Any
     folder: Path
     objects: Mapping[str, int]
+    is_raw: bool = False
 
     @property
     def archive(self) -> str:
@@ -141,9 +151,9 @@ class Place:
         return residua.open(self.archive, storage_options=self.options, cache=False)
 
 
-def make(folder: Path) -> Path:
+def make(folder: Path, preset: str = "fast") -> Path:
     """Write the archive."""
-    path = residual_archive(folder, trained_residuals().reshape(-1, WIDTH), "fast").path
+    path = residual_archive(folder, trained_residuals().reshape(-1, WIDTH), preset).path
     seal(path, read_metadata(path))
     return path.rename(folder / "acts.zarr")
 
@@ -167,20 +177,21 @@ def file_server(folder: Path) -> Iterator[int]:
         process.join()
 
 
-def files_place(link: Link, folder: Path) -> Place:
+def files_place(link: Link, folder: Path, *, is_raw: bool = False) -> Place:
     """Return the archive on the web server."""
     base = f"http://127.0.0.1:{link.port}"
     store = HTTPStore.from_url(base, client_options={"allow_http": True})
-    return Place("files over HTTP", link, {}, base, store, folder, _objects(folder))
+    return Place("files over HTTP", link, {}, base, store, folder, _objects(folder), is_raw)
 
 
-def s3_place(link: Link, server: S3Server, folder: Path) -> Place:
+def s3_place(link: Link, server: S3Server, folder: Path, *, is_raw: bool = False) -> Place:
     """Return the archive in the bucket, where it is put first."""
+    name = "raw" if is_raw else "there"
     options: dict[str, Any] = {**server.options, "endpoint": f"http://127.0.0.1:{link.port}"}
     store = S3Store(
-        server.bucket, prefix="there", client_options={"allow_http": True}, retry_config={"max_retries": 30}, **options
+        server.bucket, prefix=name, client_options={"allow_http": True}, retry_config={"max_retries": 30}, **options
     )
-    place = Place("SeaweedFS", link, options, server.address("there"), store, folder, _objects(folder))
+    place = Place("SeaweedFS", link, options, server.address(name), store, folder, _objects(folder), is_raw)
     residua.push(folder / "acts.zarr", place.archive, storage_options=options)
     return place
 
@@ -296,11 +307,11 @@ def _fsspec_path(place: Place) -> str:
 
 def reading(place: Place, height: int) -> dict[str, dict[str, Work]]:
     """Return the cases of the jobs that read."""
-    archive, others = place.open(), zarr_arrays(place)
+    archive, others = place.open(), {} if place.is_raw else zarr_arrays(place)
     rng = np.random.default_rng(0)
     batches = [np.sort(rng.choice(archive.n_rows, BATCH_ROWS, replace=False)) for _ in range(8)]
     alone = partial(fetch, place)
-    return {
+    jobs: dict[str, dict[str, Work]] = {
         OPEN: {OURS: lambda _: place.open()},
         RANDOM: {
             OURS: lambda n: archive[SITE].bits(batches[n]),
@@ -314,6 +325,7 @@ def reading(place: Place, height: int) -> dict[str, dict[str, Work]]:
         },
         LOAD: {ALONE: alone, OURS: partial(load, archive)},
     }
+    return {SCAN_RAW: jobs[SCAN], LOAD_RAW: jobs[LOAD]} if place.is_raw else jobs
 
 
 def moving(place: Place, folder: Path, line: str) -> dict[str, dict[str, Work]]:
@@ -333,12 +345,10 @@ def moving(place: Place, folder: Path, line: str) -> dict[str, dict[str, Work]]:
     return jobs
 
 
-def capturing(place: Place, folder: Path) -> dict[str, dict[str, Work]]:
-    """Return the cases of a capture, if the place is a bucket."""
-    if not isinstance(place.store, S3Store):
-        return {}
+def capturing(place: Place, folder: Path, n_examples: int) -> dict[str, Work]:
+    """Return the cases of a capture, for a place in a bucket."""
     model = AutoModelForCausalLM.from_pretrained(MODEL)
-    tokens = [np.random.default_rng(i).integers(3, 1024, 256).tolist() for i in range(32)]
+    tokens = [np.random.default_rng(i).integers(3, 1024, 256).tolist() for i in range(n_examples)]
     capture = partial(residua.capture_dataset, model, tokens, sites="resid_post.*,q.*,k.*", head=False)
 
     def to_disk(_: int) -> None:
@@ -349,7 +359,20 @@ def capturing(place: Place, folder: Path) -> dict[str, dict[str, Work]]:
         address = f"{place.base}/captured-{number}-{secrets.token_hex(4)}.zarr"
         capture(out=address, storage_options=place.options)
 
-    return {CAPTURE: {DISK: to_disk, OURS: to_bucket}}
+    return {DISK: to_disk, OURS: to_bucket}
+
+
+def jobs_of(place: Place, folder: Path, height: int, line: str) -> dict[str, dict[str, Work]]:
+    """Return the jobs at one place over one line, with their cases."""
+    jobs = reading(place, height)
+    if place.is_raw:
+        return {} if LINES[line][1] else jobs
+    jobs |= moving(place, folder, line)
+    if isinstance(place.store, S3Store):
+        jobs[CAPTURE] = capturing(place, folder, N_EXAMPLES)
+        if not LINES[line][1]:
+            jobs[CAPTURE_MORE] = capturing(place, folder, 4 * N_EXAMPLES)
+    return jobs
 
 
 def counted(place: Place, work: Work, run: Run, number: int) -> None:
@@ -365,7 +388,7 @@ def measure(place: Place, folder: Path, rounds: int) -> Measured:
     height = place.open().plan.rows_per_shard
     for name_of_line, line in LINES.items():
         place.link.set_line(0)
-        jobs = reading(place, height) | moving(place, folder, name_of_line) | capturing(place, folder)
+        jobs = jobs_of(place, folder, height, name_of_line)
         place.link.set_line(*line)
         for job, cases in jobs.items():
             runs = {name: Run() for name in cases}
@@ -382,8 +405,8 @@ def table_line(place: str, line: str, job: str, case: str, runs: Mapping[str, Ru
     """Return one line of the table."""
     run = runs[case]
     base = runs.get(ALONE, runs.get(DISK, runs[OURS])).timings
-    rates = speedups(base, run.timings, clock="cpu" if job == CAPTURE else "wall")
-    ratios = [1 / rate for rate in rates] if job in (PUSH, PULL, CAPTURE) else rates
+    rates = speedups(base, run.timings, clock="cpu" if job in (CAPTURE, CAPTURE_MORE) else "wall")
+    ratios = [1 / rate for rate in rates] if job in (PUSH, PULL, CAPTURE, CAPTURE_MORE) else rates
     return [
         f"{job}, {case}",
         place,
@@ -401,7 +424,7 @@ def report(measured: Measured, rounds: int) -> str:
     """Return the table."""
     lines = [
         table_line(place, line, job, case, runs)
-        for job in (OPEN, RANDOM, SCAN, LOAD, PUSH, PULL, CAPTURE)
+        for job in (OPEN, RANDOM, SCAN, SCAN_RAW, LOAD, LOAD_RAW, PUSH, PULL, CAPTURE, CAPTURE_MORE)
         for (place, line, its_job), runs in measured.items()
         if its_job == job
         for case in runs
@@ -425,16 +448,20 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="residua-remote-", dir=arguments.folder))
     measured: Measured = {}
     try:
-        data, copies, bucket = (folder / name for name in ("data", "copies", "bucket"))
-        for each in (data, copies, bucket):
+        data, raw, copies, bucket = (folder / name for name in ("data", "raw", "copies", "bucket"))
+        for each in (data, raw, copies, bucket):
             each.mkdir()
         make(data)
+        make(raw, "raw")
         with ExitStack() as open_:
             server = open_.enter_context(serving_s3(bucket, n_volumes=100))
-            port = urlsplit(server.options["endpoint"]).port
-            links = [open_.enter_context(slow_link(each)) for each in (open_.enter_context(file_server(data)), port)]
-            measured |= measure(files_place(links[0], data), copies, arguments.rounds)
-            measured |= measure(s3_place(links[1], server, data), copies, arguments.rounds)
+            ports = [open_.enter_context(file_server(each)) for each in (data, raw)]
+            ports.append(urlsplit(server.options["endpoint"]).port)
+            files, raw_files, objects = (open_.enter_context(slow_link(port)) for port in ports)
+            measured |= measure(files_place(files, data), copies, arguments.rounds)
+            measured |= measure(files_place(raw_files, raw, is_raw=True), copies, arguments.rounds)
+            measured |= measure(s3_place(objects, server, data), copies, arguments.rounds)
+            measured |= measure(s3_place(objects, server, raw, is_raw=True), copies, arguments.rounds)
     finally:
         shutil.rmtree(folder)
     publish(report(measured, arguments.rounds), arguments.out)

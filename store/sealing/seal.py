@@ -170,7 +170,7 @@ def _seal(out: Destination, metadata: Metadata, sealed: Mapping[str, Json], on_s
     # Files with a known digest may be damaged by now, so only files that have none yet are read.
     files = sidecar_digests(archive, {**metadata.files, **made.examples}) if plan.n_rows is None else metadata.files
     documents = consolidate(archive, [spec.path for spec in plan.arrays])
-    out.upload([*(f"{node}/{METADATA}" for node in documents), INDEX])
+    out.upload([*(f"{node}/{METADATA}" for node in documents), INDEX], if_changed=True)
     write_metadata(archive, replace(metadata, files=files, sealed=sealed, index=made.entry, documents=documents))
     out.upload([ROOT])
 

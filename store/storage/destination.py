@@ -18,6 +18,7 @@ parts, several of which are under way at once. What was sent is let go when the 
 memory for that.
 """
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -145,7 +146,7 @@ class DiskFolder:
     def fetch(self, names: Iterable[str]) -> None:
         """Do nothing: the files are here."""
 
-    def upload(self, names: Iterable[str]) -> None:
+    def upload(self, names: Iterable[str], *, if_changed: bool = False) -> None:
         """Do nothing: the files are where they belong."""
 
     def sweep(self) -> None:
@@ -186,6 +187,7 @@ class BucketFolder:
         self.objects = ObjectFolder(address, options)
         self.memory_bytes = MEMORY_BYTES
         self._n_threads = 1
+        self._there: dict[str, bytes] = {}  # SHA-256 of the files that were sent or fetched
         self.path = _temporary_folder(self) / "files"
         self.path.mkdir()
         self._lease: Lease | LeaseWatch | None = None
@@ -307,6 +309,7 @@ class BucketFolder:
         gone = list(names)
         self.objects.delete(gone)
         for name in gone:
+            self._there.pop(name, None)
             (self.path / name).unlink(missing_ok=True)
 
     def inside(self, name: str) -> "BucketFolder":
@@ -338,17 +341,31 @@ class BucketFolder:
             data = self.objects.read(name, _FETCH_BYTES)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
+            self._there[name] = hashlib.sha256(data).digest()
 
         in_parallel(bring, [name for name in names if not (self.path / name).exists()])
 
-    def upload(self, names: Sequence[str]) -> None:
+    def upload(self, names: Sequence[str], *, if_changed: bool = False) -> None:
         """Send files of the local folder, over what is there.
+
+        Args:
+            names: Their paths in the folder.
+            if_changed: Whether files stay behind that are as this object sent or fetched them last: for files that no
+                other process of the run writes.
 
         Raises:
             StorageError: One could not be written, or another run has taken over.
         """
         self._check_lease()
-        in_parallel(lambda name: self.objects.write(name, self.path / name), names)
+
+        def send(name: str) -> None:
+            data = (self.path / name).read_bytes()
+            digest = hashlib.sha256(data).digest()
+            if not (if_changed and self._there.get(name) == digest):
+                self.objects.write(name, self.path / name)
+                self._there[name] = digest
+
+        in_parallel(send, names)
 
     def sweep(self) -> None:
         """Remove what trials of writers that are dead left; an object appears whole, so there are no other ones."""
