@@ -283,7 +283,7 @@ class CaptureJob(ABC):
                 self._continue(plan)
             else:
                 self.check_room(plan.sites, plan.n_rows or 0)
-                write_sidecars(folder, sidecars or self._sidecars())
+                write_sidecars(folder, self._sidecars() if sidecars is None else sidecars)  # none is no collective here
                 self.write_tokenizer(folder)
                 provenance = {**self.provenance(plan), **self._of_rows(plan)}
                 self.notes += create_archive(folder, self.out, plan, provenance, keep_paths=self._keep_paths)
