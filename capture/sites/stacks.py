@@ -76,6 +76,8 @@ def stacks_of(model: nn.Module) -> tuple[Stack, ...]:
     for name, get in zip(PAIR_STACKS, (core.get_encoder, core.get_decoder), strict=True):
         try:
             module: Any = core_of(get())  # type: ignore[no-untyped-call]  # transformers has no annotations here
+            if found and any(part is found[0].module for part in module.modules()):  # Florence-2 gives the text model
+                module = core_of(module.get_decoder())
         except (AttributeError, NotImplementedError):
             return ()
         if not isinstance(module, PreTrainedModel) or module is core or id(module) not in paths:

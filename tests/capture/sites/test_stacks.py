@@ -173,3 +173,15 @@ def test_an_embedding_that_only_the_stack_alone_runs_is_not_offered() -> None:
     assert "encoder.resid_pre.0" in sites
     with pytest.raises(UnknownSiteError, match=r"encoder\.embed.*does not run in the full model"):
         resolve_sites(model, "encoder.embed")
+
+
+def test_a_decoder_is_looked_for_in_the_text_model_that_holds_both_stacks() -> None:
+    model = build("vision-language", "florence2")
+    assert [stack.path for stack in stacks_of(model)] == [
+        "model.language_model.encoder",
+        "model.language_model.decoder",
+    ]
+    seen: dict[str, torch.Tensor] = {}
+    with residua.tap(model, "decoder.resid_post.0", seen.__setitem__), torch.no_grad():
+        plain = model(input_ids=IDS, decoder_input_ids=TARGETS, output_hidden_states=True)
+    torch.testing.assert_close(seen["decoder.resid_post.0"], plain.decoder_hidden_states[1])
