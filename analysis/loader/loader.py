@@ -77,7 +77,7 @@ class LoaderOptions(TypedDict, total=False):
     test_fraction: float
     split_seed: int
     group: str | None
-    raw_block_bytes: Size
+    raw_block_bytes: Size | None
 
 
 class Loader(IterableDataset[Batch]):
@@ -91,7 +91,7 @@ class Loader(IterableDataset[Batch]):
     batches are full, all ranks have equally many, and each epoch leaves out other rows.
 
     First all blocks of rows are put in random order, then all rows within a buffer. A block is a chunk of 512 KiB, or
-    less for sites stored raw. ``docs/loader.md`` compares this with a full shuffle.
+    less for sites stored raw in a folder. ``docs/loader.md`` compares this with a full shuffle.
 
     Args:
         archive: The archive.
@@ -125,7 +125,8 @@ class Loader(IterableDataset[Batch]):
         group: What else stays together: a column such as ``author``; ``source_index``: documents alone; ``example``:
             each example for itself.
         raw_block_bytes: Size of a block at most if all sites are stored raw, written likewise. Smaller blocks mix
-            better, larger ones are read faster.
+            better, larger ones are read faster. By default 128 KiB in a folder, and a chunk at an address, from where
+            chunks come whole: smaller blocks would fetch them several times.
 
     Attributes:
         sites: Sites of a batch.
@@ -161,7 +162,7 @@ class Loader(IterableDataset[Batch]):
         test_fraction: float = 0.1,
         split_seed: int = 0,
         group: str | None = None,
-        raw_block_bytes: Size = 128 * 1024,
+        raw_block_bytes: Size | None = None,
     ) -> None:
         self._archive = archive
         self.sites = archive.select(sites)
@@ -174,7 +175,7 @@ class Loader(IterableDataset[Batch]):
         self._epochs = epochs
         sources = self._sources()
         buffer_size = n_bytes(buffer_bytes, "buffer_bytes")
-        block_size = n_bytes(raw_block_bytes, "raw_block_bytes")
+        block_size = None if raw_block_bytes is None else n_bytes(raw_block_bytes, "raw_block_bytes")
         height = block_height(archive, [*sources.values()], buffer_bytes=buffer_size, raw_block_bytes=block_size)
         buffer_rows = buffer_size // (row_bytes([*sources.values()]) + _OVERHEAD_BYTES)
         if not 0 < batch_size <= buffer_rows or seed < 0 or num_workers < 0 or (epochs is not None and epochs < 1):

@@ -27,6 +27,7 @@ from residua.store.selection.row_filter import RowFilter
 
 Numbers = npt.NDArray[np.int64]
 
+_RAW_BLOCK_BYTES = 128 * 1024
 _BLOCKS_PER_BUFFER = 64  # at least, if blocks may be smaller than the highest chunk
 _MOST_BLOCKS = 2**19
 
@@ -76,16 +77,19 @@ def row_bytes(sources: Sequence[Source]) -> int:
     return sum(prod(source.shape[1:]) * source.stored_dtype.itemsize for source in sources)
 
 
-def block_height(archive: Archive, sources: Sequence[Source], *, buffer_bytes: int, raw_block_bytes: int) -> int:
+def block_height(archive: Archive, sources: Sequence[Source], *, buffer_bytes: int, raw_block_bytes: int | None) -> int:
     """Return the number of rows of a block, a power of two. Small blocks mix better, but chunks are decoded in full.
 
     A block has the rows of a chunk. It has fewer if the sites have chunks of different heights and a buffer would hold
-    few blocks, and `raw_block_bytes` at most if nothing has to be decoded.
+    few blocks, and `raw_block_bytes` at most if nothing has to be decoded: by default, of an archive in a folder, 128
+    KiB. From an address chunks come whole.
     """
     size = row_bytes(sources)
     specs = [spec for source in sources for spec in source.specs]
     heights = [spec.rows_per_chunk for spec in specs]
-    if all(PRESETS[spec.preset].is_raw for spec in specs):
+    if raw_block_bytes is None and not archive.is_remote:
+        raw_block_bytes = _RAW_BLOCK_BYTES
+    if raw_block_bytes is not None and all(PRESETS[spec.preset].is_raw for spec in specs):
         rows = min(*heights, 1 << max(0, (raw_block_bytes // size).bit_length() - 1))
     else:
         rows = max(heights)

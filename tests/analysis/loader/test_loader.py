@@ -234,6 +234,17 @@ def test_from_an_address_batches_are_the_same_and_requests_few(settings: Any, fa
         assert sum(n for path, n in server.requests.items() if "/sites/" in path) <= 3 * n_blocks
 
 
+def test_chunks_stored_raw_come_once_from_an_address(tmp_path: Path) -> None:
+    local = make_numbered(tmp_path / "acts.zarr", N_ROWS, "raw")
+    seal_once(local.path)
+    n_bytes = local[SITES[0]].specs[0].row_bytes * N_ROWS
+    with serving_files(tmp_path) as server:
+        there = open_archive(f"{server.url}/acts.zarr", cache=False)
+        loader, before = make(there, sites=SITES[0], buffer_bytes=4 * SMALL), server.n_bytes
+        assert sorted(flat(rows_of(loader))) == list(range(N_ROWS))
+        assert server.n_bytes - before < 1.5 * n_bytes, "but for a chunk at the end of each buffer"
+
+
 def test_a_filter_chooses_rows_and_columns_are_added(archive: Archive) -> None:
     loader = make(archive, where="label in [1, 3] and position < 5", columns=["label", "token", "position", "example"])
     seen = []
