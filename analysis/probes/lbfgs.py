@@ -92,7 +92,7 @@ def minimise(
     evaluate: Callable[[Sequence[int], Sequence[Floats]], Sequence[Answer]],
     starts: Sequence[Floats],
     *,
-    tolerance: float,
+    tolerance: float | Sequence[float],
     most_passes: int,
     size: float | None = None,
 ) -> list[Descent]:
@@ -102,13 +102,15 @@ def minimise(
         evaluate: Given the numbers of some functions and a point for each, returns loss and gradient of each. It is
             called in the calling thread.
         starts: Where to begin with each function.
-        tolerance: A function is done when its next step is expected to lower its loss by no more than this.
+        tolerance: A function is done when its next step is expected to lower its loss by no more than this: one number,
+            or one for each.
         most_passes: Most calls of `evaluate`.
         size: See `Descent`.
 
     Returns:
         One descent for each function.
     """
+    tolerances = np.broadcast_to(tolerance, len(starts)).tolist()
     descents = [Descent(start, size) for start in starts]
     barrier = Barrier(len(descents) + 1)  # the threads, and this one
     asked: dict[int, Floats] = {}
@@ -122,7 +124,7 @@ def minimise(
 
     def descend(number: int) -> None:
         try:
-            descents[number].run(partial(ask, number), tolerance=tolerance)
+            descents[number].run(partial(ask, number), tolerance=tolerances[number])
             while True:
                 barrier.wait()
         finally:

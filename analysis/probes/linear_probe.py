@@ -6,7 +6,8 @@ Both are exact: they find what scikit-learn's `Ridge` and `LogisticRegression` f
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from typing import Any, Self, TypeAlias
 
@@ -19,10 +20,12 @@ from residua.analysis.probes.files import SavedProbe, read_probe, write_probe
 from residua.analysis.probes.logistic import (
     SAMPLE_ROWS,
     Basis,
-    Covariance,
     LossSums,
     Problem,
+    Products,
+    best_constant,
     fit_logistic,
+    has_many_rows,
     loss_sums,
     probabilities,
     scale_of,
@@ -35,6 +38,7 @@ from residua.store.base.errors import AnalysisError
 from residua.store.storage.place import saved_to
 
 Floats: TypeAlias = npt.NDArray[np.float64]
+LabelledBlock: TypeAlias = tuple[Array, npt.NDArray[np.int64]]
 
 
 class LinearProbe(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
@@ -235,7 +239,7 @@ class LogisticProbe(ClassifierMixin, LinearProbe):  # type: ignore[misc]  # scik
         if len(self.classes_) < 2:
             raise ValueError(f"all rows are of class {self.classes_[0]!r}: a probe needs two classes or more")
 
-        def batches() -> Iterator[tuple[Array, npt.NDArray[np.int64]]]:
+        def batches() -> Iterator[LabelledBlock]:
             for rows, labels in labelled_blocks(X, codes):
                 yield self._checked(rows), labels[:, None]
 
@@ -245,11 +249,6 @@ class LogisticProbe(ClassifierMixin, LinearProbe):  # type: ignore[misc]  # scik
             moments.add(rows)
         assert moments is not None  # noqa: S101  # two classes have rows
         mean, scale = moments.mean, scale_of(moments)
-        sample = Covariance.zero(len(mean))
-        step, first = max(1, moments.n // (SAMPLE_ROWS * len(mean))), 0
-        for rows, _ in batches():
-            sample.add(standardised(rows[-first % step :: step], mean, scale))  # the same rows, however they are cut
-            first += len(rows)
 
         def summed(problems: Sequence[Problem], weights: Floats) -> LossSums:
             total = LossSums.zero(len(problems), weights.shape)
@@ -257,8 +256,17 @@ class LogisticProbe(ClassifierMixin, LinearProbe):  # type: ignore[misc]  # scik
                 total.merge(loss_sums(standardised(rows, mean, scale), labels, problems, weights))
             return total
 
-        problem, basis = Problem(0, len(self.classes_), self.penalty), Basis.of(moments, sample)
-        (found,) = fit_logistic(summed, [problem], basis, tolerance=self.tolerance, most_passes=self.most_passes)
+        problem = Problem(0, len(self.classes_), self.penalty)
+        sampled = partial(_sampled_products, batches, moments)
+        is_whole = has_many_rows(moments.n, len(mean), problem.n_vectors)
+        (found,) = fit_logistic(
+            summed,
+            [problem],
+            Basis.of(moments, sampled, is_whole=is_whole),
+            tolerance=self.tolerance,
+            most_passes=self.most_passes,
+            starts={0: best_constant(np.bincount(codes), len(mean))},
+        )
         self.coef_, self.intercept_, self.n_iter_ = found.weight, found.bias, found.n_steps
         return self
 
@@ -278,3 +286,16 @@ class LogisticProbe(ClassifierMixin, LinearProbe):  # type: ignore[misc]  # scik
     def saved(self, about: Mapping[str, str]) -> SavedProbe:
         """Return the content to save of the fitted probe."""
         return SavedProbe(self.coef_, self.intercept_, self.penalty, self.classes_.tolist(), about)
+
+
+def _sampled_products(
+    batches: Callable[[], Iterator[LabelledBlock]], moments: Moments, directions: Floats | None
+) -> Products:
+    """Return the products of every so many rows, the same ones however they are cut into batches."""
+    width = len(moments.mean)
+    found = Products.zero(width, directions)
+    step, first = max(1, moments.n // (SAMPLE_ROWS * width)), 0
+    for rows, _ in batches():
+        found.add(standardised(rows[-first % step :: step], moments.mean, scale_of(moments)), directions)
+        first += len(rows)
+    return found

@@ -15,10 +15,10 @@ from residua.analysis.probes.controls import FIT, TEST, VALIDATION
 from residua.analysis.probes.logistic import (
     SAMPLE_ROWS,
     Codes,
-    Covariance,
     Fitted,
     LossSums,
     Problem,
+    Products,
     log_losses,
     loss_sums,
     probabilities,
@@ -52,6 +52,7 @@ class RowCounts(FieldSums):
         train: Mean and variance of the training rows.
         n_rows: Rows to fit, to choose the penalty by, and to test on, (3,).
         n_left_out: Rows with a NaN or an infinity.
+        n_fitted: Rows to fit of each class, by the true labels, (classes,).
         n_learned: Training rows of each class, by the true labels and by the control's, (2, classes).
         n_tested: Held-out rows of each class, likewise.
     """
@@ -59,6 +60,7 @@ class RowCounts(FieldSums):
     train: Moments
     n_rows: Numbers
     n_left_out: int
+    n_fitted: Numbers
     n_learned: Numbers
     n_tested: Numbers
 
@@ -129,23 +131,26 @@ class Passes:
         """Count the rows."""
         return self._sum(_counts, [], RowCounts.merge)
 
-    def covariance(self) -> Covariance:
-        """Return the products of a sample of the training rows that is spread over the site."""
+    def products(self, directions: Floats | None) -> Products:
+        """Return the products of a sample of the training rows that is spread over the site; see `Products.zero`."""
         leaves = np.unique(np.linspace(0, len(self.rows.leaves) - 1, _SAMPLE_LEAVES).astype(np.int64)).tolist()
         wanted = SAMPLE_ROWS * self.rows.width * len(self.rows.leaves) / len(leaves)
         step = max(1, int(sum(self.rows.summary.n_rows[:TEST]) / wanted))
         width = self.rows.width
-        sums = [self._scale, leaves, step]
-        return self._sum(_covariance, sums, Covariance.merge, n=len(leaves), term_bytes=8 * width**2)
+        term_bytes = 8 * width * (width if directions is None else directions.shape[1])
+        asked = self._cluster.send(directions)
+        return self._sum(
+            _products, [self._scale, leaves, step, asked], Products.merge, n=len(leaves), term_bytes=term_bytes
+        )
 
     def losses(self, subsets: Sequence[int], problems: Sequence[Problem], weights: Floats) -> LossSums:
         """Return losses and gradients of `problems` at `weights` over the rows of `subsets`."""
         asked = self._cluster.send((tuple(subsets), tuple(problems), weights))
         return self._sum(_losses, [self._scale, asked], LossSums.merge, term_bytes=weights.nbytes)
 
-    def validation_losses(self, tried: Sequence[Fitted]) -> Floats:
-        """Return the sum of the losses of each probe over the rows to choose the penalty by."""
-        return self._sum(_validation_losses, [self._scale, self._cluster.send(tuple(tried))], np.add)
+    def validation_losses(self, tried: Sequence[Fitted], classes: npt.NDArray[np.bool_]) -> Floats:
+        """Return the sum of the losses of each probe over the rows of `classes` to choose the penalty by."""
+        return self._sum(_validation_losses, [self._scale, self._cluster.send((tuple(tried), classes))], np.add)
 
     def tested(self, probe: Fitted, control: Fitted) -> Tested:
         """Test a probe and its control on the held-out rows."""
@@ -200,22 +205,26 @@ def _heights(n_rows: int, n_logits: int) -> list[slice]:
 def _counts(rows: SiteRows, leaf: int) -> RowCounts:
     n_classes = len(rows.summary.classes)
     learned, tested = np.zeros((2, n_classes), np.int64), np.zeros((2, n_classes), np.int64)
-    found = RowCounts(Moments(rows.width, full=False), np.zeros(3, np.int64), 0, learned, tested)
+    fitted = np.zeros(n_classes, np.int64)
+    found = RowCounts(Moments(rows.width, full=False), np.zeros(3, np.int64), 0, fitted, learned, tested)
     for piece in labelled_rows(rows, leaf):
         found.n_rows += np.bincount(piece.subsets, minlength=3)
         found.n_left_out += piece.n_left_out
         found.train.add(piece.of(FIT, VALIDATION)[0])
         codes, is_test = _codes(rows, piece.labels), piece.subsets == TEST
+        found.n_fitted += np.bincount(codes[piece.subsets == FIT, 0], minlength=n_classes)
         for counts, chosen in ((learned, codes[~is_test]), (tested, codes[is_test])):
             for labelling in (0, 1):
                 counts[labelling] += np.bincount(chosen[:, labelling], minlength=n_classes)
     return found
 
 
-def _covariance(rows: SiteRows, scale: Scale, leaves: Sequence[int], step: int, number: int) -> Covariance:
-    found = Covariance.zero(rows.width)
+def _products(
+    rows: SiteRows, scale: Scale, leaves: Sequence[int], step: int, directions: Floats | None, number: int
+) -> Products:
+    found = Products.zero(rows.width, directions)
     for piece in _standardised(rows, scale, leaves[number]):
-        found.add(piece.of(FIT, VALIDATION)[0][::step])
+        found.add(piece.of(FIT, VALIDATION)[0][::step], directions)
     return found
 
 
@@ -232,11 +241,16 @@ def _losses(
     return found
 
 
-def _validation_losses(rows: SiteRows, scale: Scale, tried: Sequence[Fitted], leaf: int) -> Floats:
+def _validation_losses(
+    rows: SiteRows, scale: Scale, asked: tuple[Sequence[Fitted], npt.NDArray[np.bool_]], leaf: int
+) -> Floats:
+    tried, classes = asked
     found = np.zeros(len(tried))
     for piece in _standardised(rows, scale, leaf):
         values, labels = piece.of(VALIDATION)
         codes = _codes(rows, labels)[:, 0]
+        if not (is_wanted := classes[codes]).all():
+            values, codes = values[is_wanted], codes[is_wanted]
         for part in _heights(len(values), len(rows.summary.classes)):
             found += [log_losses(_logits(one, values[part], scale), codes[part]).sum() for one in tried]
     return found

@@ -7,9 +7,17 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import roc_auc_score
 
-from residua.analysis.probes.controls import FIT, VALIDATION
+from residua.analysis.probes.controls import FIT, TEST, VALIDATION
 from residua.analysis.probes.files import SavedProbe
-from residua.analysis.probes.logistic import Basis, Fitted, Problem, fit_logistic, scale_of
+from residua.analysis.probes.logistic import (
+    Basis,
+    Fitted,
+    Problem,
+    best_constant,
+    fit_logistic,
+    has_many_rows,
+    scale_of,
+)
 from residua.analysis.probes.passes import Passes, Scale, Tested
 from residua.analysis.probes.progress import Loss
 from residua.analysis.probes.ridge import mean_squared_error, solve
@@ -23,6 +31,7 @@ Numbers = npt.NDArray[np.int64]
 LOGISTIC_PENALTIES = tuple(10.0**power for power in range(-5, 2))
 RIDGE_PENALTIES = tuple(10.0**power for power in range(-7, 3))
 _ROUGH, _FINE = 1e-5, 1e-7  # nats above the minimum: to choose the penalty by, and of the final probe
+_CONTROL = 1e-4  # of the control, which is scored and not kept: meaningless labels of many rows take the most passes
 _MOST_NUMBERS = 2**22  # weights of the penalties that share passes; of more classes, one penalty starts from the last
 _VECTORS = 40  # float64 vectors of a problem that half of the memory must hold: what scipy's L-BFGS takes
 _COVARIANCES = 12  # width² float64 arrays that fit into a worker beside the rows that it keeps, half of its memory
@@ -65,8 +74,15 @@ def fits_one_worker(rows: SiteRows) -> bool:
         n_numbers = max(
             2 * n_classes * (width + 1), min(_MOST_NUMBERS, len(LOGISTIC_PENALTIES) * n_classes * (width + 1))
         )
-        needed = _VECTORS * 8 * n_numbers + _COVARIANCES // 2 * 8 * width**2
+        needed = _VECTORS * 8 * n_numbers + (_COVARIANCES // 2 * 8 * width**2 if _has_many_rows(rows) else 0)
     return rows.bytes_to_keep <= rows.most_kept and rows.bytes_to_keep + needed <= rows.memory * 3 // 4
+
+
+def _has_many_rows(rows: SiteRows) -> bool:
+    """Return whether all eigenvectors pay off, and a worker has the memory to find them."""
+    n_vectors = Problem(0, len(rows.summary.classes), 0.0).n_vectors
+    pays_off = has_many_rows(sum(rows.summary.n_rows[:TEST]), rows.width, n_vectors)
+    return pays_off and _COVARIANCES * 8 * rows.width**2 <= rows.memory
 
 
 def probe_site(passes: Passes, bar: Loss) -> SiteProbe:
@@ -86,17 +102,19 @@ def _classify(passes: Passes, bar: Loss) -> SiteProbe:
     summary.check_classes(counts.n_learned[0], counts.n_tested[0], f" on {rows.site}")
     scale = Scale(counts.train.mean, scale_of(counts.train))
     passes.standardise(scale)
-    is_rotated = _COVARIANCES * 8 * rows.width**2 <= rows.memory
-    basis = Basis.of(counts.train, passes.covariance() if is_rotated else None)
-    tried = _candidates(passes, bar, basis)
-    best = int(np.argmin(passes.validation_losses(tried)))
+    basis = Basis.of(counts.train, passes.products, is_whole=_has_many_rows(rows))
+    tried = _candidates(passes, bar, basis, best_constant(counts.n_fitted, rows.width))
+    is_fitted = counts.n_fitted > 0
+    if not (counts.n_learned[0] - counts.n_fitted)[is_fitted].any():
+        is_fitted[:] = True  # no rows are left to choose the penalty by
+    best = int(np.argmin(passes.validation_losses(tried, is_fitted)))
     penalty = LOGISTIC_PENALTIES[best]
     probe, control = fit_logistic(
         lambda problems, weights: passes.losses((FIT, VALIDATION), problems, weights),
         [Problem(labelling, n_classes, penalty) for labelling in (0, 1)],
         basis,
-        tolerance=_FINE,
-        starts={0: tried[best]},
+        tolerance=(_FINE, _CONTROL),
+        starts={0: tried[best], 1: best_constant(counts.n_learned[1], rows.width)},
         on_pass=bar.loss,
     )
     tested = passes.tested(probe, control)
@@ -122,23 +140,28 @@ def _classify(passes: Passes, bar: Loss) -> SiteProbe:
     return _site_probe(rows, (counts.train.n, int(n_tested.sum())), counts.n_left_out, scores, saved)
 
 
-def _candidates(passes: Passes, bar: Loss, basis: Basis) -> list[Fitted]:
-    """Fit all penalties: together in the same passes, or of many classes one after the other, the largest first."""
+def _candidates(passes: Passes, bar: Loss, basis: Basis, start: Fitted) -> list[Fitted]:
+    """Fit all penalties, from `start`: many rows in the same passes, as far as the memory allows.
+
+    Of few rows, and of what does not go into the same passes, the largest penalty is fitted first and each next one
+    starts from the one before: up to twice as many passes, with less than half of the work.
+    """
     n_classes = len(passes.rows.summary.classes)
     grid = [Problem(0, n_classes, penalty) for penalty in LOGISTIC_PENALTIES]
-    n_together = max(1, _MOST_NUMBERS // (grid[0].n_vectors * (passes.rows.width + 1)))
+    n_numbers = grid[0].n_vectors * (passes.rows.width + 1)
+    n_together = max(1, _MOST_NUMBERS // n_numbers) if _has_many_rows(passes.rows) else 1
     found: dict[int, Fitted] = {}
     for stop in range(len(grid), 0, -n_together):
-        start = max(0, stop - n_together)
+        first = max(0, stop - n_together)
         fitted = fit_logistic(
             lambda problems, weights: passes.losses((FIT,), problems, weights),
-            grid[start:stop],
+            grid[first:stop],
             basis,
             tolerance=_ROUGH,
-            starts=dict.fromkeys(range(stop - start), found[stop]) if stop in found else {},
+            starts=dict.fromkeys(range(stop - first), found.get(stop, start)),
             on_pass=bar.loss,
         )
-        found.update(zip(range(start, stop), fitted, strict=True))
+        found.update(zip(range(first, stop), fitted, strict=True))
     return [found[number] for number in range(len(grid))]
 
 

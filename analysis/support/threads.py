@@ -13,16 +13,17 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
 from typing import Any
 
-from threadpoolctl import ThreadpoolController, threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Limit torch, OpenMP and numpy's BLAS to one thread inside the ``with`` block; afterwards all is as before."""
     of_torch: AbstractContextManager[object] = _one_thread_of_torch() if "torch" in sys.modules else nullcontext()
-    with of_torch, threadpool_limits(1, user_api="openmp"), _blas:
+    with of_torch, _libraries("openmp", len(sys.modules)).limit(limits=1), _blas:
         yield
 
 
@@ -48,6 +49,12 @@ def _set_threads_here(n: int) -> None:
         later.submit(torch.set_num_threads, of_later).result()
 
 
+@lru_cache(maxsize=2)
+def _libraries(user_api: str, _n_modules: int) -> Any:
+    """Return the loaded libraries that have threads; once modules were imported, they are looked for again (3 ms)."""
+    return ThreadpoolController().select(user_api=user_api)
+
+
 class _Blas:
     """The limit of numpy's BLAS, which belongs to the process: the first job sets it, the last one takes it back."""
 
@@ -59,7 +66,7 @@ class _Blas:
     def __enter__(self) -> None:
         with self._lock:
             if not self._n_jobs:
-                found = ThreadpoolController().select(user_api="blas").lib_controllers
+                found = _libraries("blas", len(sys.modules)).lib_controllers
                 self._before = [(library, library.num_threads) for library in found]
                 for library, _ in self._before:
                     _set_blas(library, 1)

@@ -12,9 +12,10 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from residua.analysis.probes import probe as probe_module
 from residua.analysis.probes import rows as probe_rows
 from residua.analysis.probes import site as probe_site
-from residua.analysis.probes.controls import TEST, Split
+from residua.analysis.probes.controls import TEST, VALIDATION, Split
 from residua.analysis.probes.linear_probe import LinearProbe
-from residua.analysis.probes.passes import Passes
+from residua.analysis.probes.logistic import best_constant, scale_of
+from residua.analysis.probes.passes import Passes, Scale
 from residua.analysis.probes.probe import probe
 from residua.analysis.probes.target import summarise
 from residua.analysis.support.cluster import connect
@@ -53,6 +54,13 @@ def small_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
 def saved(folder: Path, site: str = "resid_post/0") -> Any:
     found: Any = LinearProbe.load(folder / site)
     return found
+
+
+def objective(rows: Any, codes: Any, weight: Any, bias: Any, penalty: float) -> Any:
+    """In float64, for weights of standardised rows."""
+    logits = rows @ weight.T + bias
+    losses = logsumexp(logits, axis=1) - logits[np.arange(len(rows)), codes]
+    return losses.mean() + penalty / 2 * (weight**2).sum()
 
 
 @pytest.mark.parametrize("target", ["even", "score"])
@@ -112,14 +120,74 @@ def test_twenty_classes_in_many_leaves_are_those_of_scikit_learn(
     theirs.fit((train - mean) / scale, LABEL[EXAMPLE][~is_test])
     ours = saved(tmp_path)
 
-    def objective(weight: Any, bias: Any) -> Any:
-        """In float64, for weights of standardised rows."""
-        logits = (train - mean) / scale @ weight.T + bias
-        losses = logsumexp(logits, axis=1) - logits[np.arange(len(train)), LABEL[EXAMPLE][~is_test]]
-        return losses.mean() + found["penalty"] / 2 * (weight**2).sum()
+    scaled, codes = (train - mean) / scale, LABEL[EXAMPLE][~is_test]
+    least = objective(scaled, codes, theirs.coef_, theirs.intercept_, found["penalty"])
+    bias = ours.intercept_ + ours.coef_ @ mean
+    assert objective(scaled, codes, ours.coef_ * scale, bias, found["penalty"]) == pytest.approx(least, abs=5e-6)
 
-    least = objective(theirs.coef_, theirs.intercept_)
-    assert objective(ours.coef_ * scale, ours.intercept_ + ours.coef_ @ mean) == pytest.approx(least, abs=5e-6)
+
+def test_few_wide_rows_are_those_of_scikit_learn(tmp_path: Path) -> None:
+    """Fewer rows than channels, of which a few directions are huge: coordinates along the leading directions."""
+    rng = np.random.default_rng(2)
+    width, lengths, classes = 400, [4] * 60, rng.integers(0, 3, 60)
+    sizes = np.arange(1, width + 1) ** -0.5
+    sizes[:3] *= [20, 10, 5]
+    mixing = sizes[:, None] * np.linalg.qr(rng.standard_normal((width, width))).Q
+    means = rng.standard_normal((3, width)) * 0.5
+    values = ((means[np.repeat(classes, 4)] + rng.standard_normal((240, width))) @ mixing).astype(np.float32)
+    columns: dict[str, list[object]] = {"label": [f"class {label}" for label in classes]}
+    archive = write_rows(tmp_path / "a.zarr", lengths, {"resid_post.0": values}, columns=columns, rows_per_shard=HEIGHT)
+    (found,) = probe(archive, "label", save=tmp_path / "probes").to_pylist()
+    assert found["converged"]
+    subsets = summarise(archive, "label", where=None, task=None, split=Split(0.2, 0)).subsets
+    is_train = np.repeat(subsets != TEST, 4)
+    train, labels = values[is_train].astype(np.float64), np.repeat(classes, 4)[is_train]
+    mean, scale = train.mean(axis=0), train.std(axis=0)
+    theirs = LogisticRegression(C=1 / (found["penalty"] * len(train)), tol=1e-8, max_iter=10_000)
+    theirs.fit((train - mean) / scale, labels)
+    ours = saved(tmp_path / "probes")
+    least = objective((train - mean) / scale, labels, theirs.coef_, theirs.intercept_, found["penalty"])
+    bias = ours.intercept_ + ours.coef_ @ mean
+    mine = objective((train - mean) / scale, labels, ours.coef_ * scale, bias, found["penalty"])
+    assert mine == pytest.approx(least, abs=5e-6)
+
+
+def test_products_with_directions_are_the_same_bits_from_any_workers(archive: Archive, scheduler: str) -> None:
+    summary = summarise(archive, "label", where=None, task=None, split=Split(0.2, 0))
+    rows = probe_rows.site_rows(archive, "resid_post.0", "label", None, summary, analysis="products", memory=2**30)
+    directions = np.linalg.qr(np.random.default_rng(0).standard_normal((WIDTH, 5))).Q
+    train = VALUES[(summary.subsets != TEST)[EXAMPLE]]
+    scale = Scale(train.mean(axis=0), train.std(axis=0))
+    found = []
+    for where in ("inline", scheduler):
+        with connect(where) as cluster:
+            passes = Passes(cluster, rows, number=0, advance=lambda _: None)
+            passes.standardise(scale)
+            found.append((passes.products(directions), passes.products(None)))
+            cluster.let_go("products")
+    (here, all_here), (there, all_there) = found
+    assert here.products.tobytes() == there.products.tobytes()
+    assert all_here.products.tobytes() == all_there.products.tobytes()
+    assert here.n_rows == all_here.n_rows == there.n_rows > 0
+    np.testing.assert_allclose(here.products, all_here.products @ directions, atol=1e-3)
+    assert here.squares == pytest.approx(np.trace(all_here.products), rel=1e-5)
+
+
+def test_rows_of_classes_that_are_not_asked_for_do_not_choose_the_penalty(archive: Archive) -> None:
+    summary = summarise(archive, "label", where=None, task=None, split=Split(0.2, 0))
+    rows = probe_rows.site_rows(archive, "resid_post.0", "label", None, summary, analysis="classes", memory=2**30)
+    n_classes = len(summary.classes)
+    tried = [best_constant(np.arange(1, n_classes + 1), WIDTH)]
+    with connect("inline") as cluster:
+        passes = Passes(cluster, rows, number=0, advance=lambda _: None)
+        counts = passes.counts()
+        passes.standardise(Scale(counts.train.mean, scale_of(counts.train)))
+        of_each = [passes.validation_losses(tried, np.arange(n_classes) == one)[0] for one in range(n_classes)]
+        cluster.let_go("classes")
+    n_rows = counts.n_learned[0] - counts.n_fitted
+    expected = -n_rows * np.log(np.arange(1, n_classes + 1) / (n_classes * (n_classes + 1) / 2))
+    np.testing.assert_allclose(of_each, expected, rtol=1e-6)
+    assert n_rows.sum() == counts.n_rows[VALIDATION] > 0
 
 
 def test_numbers_in_many_leaves_are_those_of_scikit_learn(archive: Archive, tmp_path: Path) -> None:
