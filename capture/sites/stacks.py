@@ -72,7 +72,7 @@ def stacks_of(model: nn.Module) -> tuple[Stack, ...]:
     if not isinstance(core, PreTrainedModel) or not is_encoder_decoder(core):
         return ()
     paths = {id(core_of(module)): path for path, module in named_modules(core).items()}
-    found = []
+    found: list[Stack] = []
     for name, get in zip(PAIR_STACKS, (core.get_encoder, core.get_decoder), strict=True):
         try:
             module: Any = core_of(get())  # type: ignore[no-untyped-call]  # transformers has no annotations here
