@@ -59,6 +59,7 @@ def add(commands: Any) -> None:
     add_archive(verify)
     verify.add_argument("--sample", type=int, metavar="N", help="check only N shards, chosen at random (default: all)")
     verify.add_argument("--threads", type=int, metavar="N", help="threads (default: one a core, up to four)")
+    verify.set_defaults(when_stopped="stopped: run the same command again to go on from there.")
     add_switch(verify, "--restart", "begin from the first shard, also after a stop")
     add_cluster_flags(verify, "threads of this process, unless --workers is given")
     text = "make the index that opens a finished archive at once"
@@ -336,6 +337,8 @@ def _verify(options: argparse.Namespace) -> int:
     from residua.store.verification.verify import verify
 
     checkpoint = _checkpoint_of(options.archive)
+    if options.sample is not None:
+        options.when_stopped = "stopped: another sample begins anew."
     if options.restart:
         checkpoint.unlink(missing_ok=True)
     with ExitStack() as stack:

@@ -8,7 +8,8 @@ import hashlib
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from residua.store.base.canonical import Json, canonical_json
 from residua.store.base.untrusted import parse_json
@@ -53,7 +54,7 @@ class Results:
 
 @dataclass(kw_only=True)
 class Checkpoint:
-    """The file, for one archive.
+    """The file, for one archive. A context, at whose end it is removed; after an error, it has what was saved last.
 
     Attributes:
         path: The file.
@@ -74,16 +75,27 @@ class Checkpoint:
         except (OSError, ValueError, LookupError, TypeError):
             self.state = {}
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.path.unlink(missing_ok=True)
+        elif self.state:
+            self._write()
+
     def save(self, state: dict[str, Json]) -> None:
-        """Write the state, if some seconds have passed since the last time.
+        """Take the state, and write it if some seconds have passed since the last time.
 
         Raises:
             OSError: The file cannot be written.
         """
+        self.state = state
         if time.monotonic() - self._saved > _SECONDS:
             self._saved = time.monotonic()
-            write_file(self.path, [canonical_json({"archive": self._name, "state": state})])
+            self._write()
 
-    def remove(self) -> None:
-        """Remove the file: everything is done."""
-        self.path.unlink(missing_ok=True)
+    def _write(self) -> None:
+        write_file(self.path, [canonical_json({"archive": self._name, "state": self.state})])

@@ -8,12 +8,14 @@ compared when it was opened, and what else is at the address is not looked for.
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from residua.store.base.errors import ResiduaError, StorageError
+from residua.store.base.errors import PlanError, ResiduaError, StorageError
+from residua.store.base.naming import named
 from residua.store.base.untrusted import check_inside
 from residua.store.format.archive_metadata import ROOT
 from residua.store.format.stacks import stacks_in
@@ -57,8 +59,8 @@ def verify(
         threads: Threads that share the shards; by default the processor's, up to four.
         cluster: A cluster of `residua.analysis.connect`, whose workers share the shards instead. They open the archive
             where they run.
-        checkpoint: A file, outside the archive, that is written every few seconds and removed at the end. A
-            verification that finds it goes on after the shards that were checked already.
+        checkpoint: A file, outside the archive, that is written every few seconds and when the verification is stopped,
+            and removed at the end. A verification that finds it goes on after the shards that were checked already.
         storage_options: For an address, as for `residua.open`.
         on_shard: Called after each shard, with the number done and the total. One that goes on counts what was done.
 
@@ -67,6 +69,7 @@ def verify(
 
     Raises:
         FileNotFoundError: There is no archive at that place.
+        PlanError: `sample` or `threads` is too small.
         StorageError: An address cannot be read.
         AnalysisError: A worker of the cluster failed.
         OSError: The checkpoint cannot be written.
@@ -75,6 +78,9 @@ def verify(
         >>> residua.verify("s3://bucket/acts.zarr").is_sound  # doctest: +SKIP
         True
     """
+    for name, value, least in (("sample", sample, 0), ("threads", threads, 1)):
+        if value is not None and value < least:
+            raise PlanError(f"{named(name, value)}: it must be at least {least}")
     if isinstance(archive, Archive):
         if isinstance(archive, RemoteArchive):
             storage_options = archive.options["storage_options"]
@@ -105,7 +111,7 @@ class _Shards:
         """Check the shards of an archive, or a sample of them; see `verify`."""
         shards = sorted(check.archive.commits)
         if self._sample is not None and self._sample < len(shards):
-            n = max(0, self._sample)
+            n = self._sample
             check.report.notes.append(f"{n:,} of {len(shards):,} shards were checked, chosen at random")
             shards = sorted(random.SystemRandom().sample(shards, n))
         saved = None if checkpoint is None else Checkpoint(path=checkpoint, archive=check.root)
@@ -119,13 +125,12 @@ class _Shards:
             threads=self._threads,
             cluster=self._cluster,
         )
-        for findings in found:
-            results.add(findings)
-            self._on_shard(results.n_shards, len(shards))
-            if saved is not None:
-                saved.save(results.to_json())
-        if saved is not None:
-            saved.remove()
+        with nullcontext() if saved is None else saved:
+            for findings in found:
+                results.add(findings)
+                self._on_shard(results.n_shards, len(shards))
+                if saved is not None:
+                    saved.save(results.to_json())
         for path, what in results.problems:
             check.problem(path, what)
         check.report.n_files += results.n_files

@@ -10,6 +10,7 @@ import pytest
 
 import residua
 from residua.pipelines.cli.main import main
+from residua.store.base.errors import PlanError
 from residua.store.read.archive import Archive
 from residua.store.sealing.packed_index import INDEX, PackedIndex
 from residua.store.verification.checkpoint import Checkpoint
@@ -96,6 +97,13 @@ def test_a_sample_says_what_it_is(copy: Path) -> None:
     assert any("1 of 3 shards" in note for note in found.notes)
     assert len(verify(copy, sample=9).problems) == 3
     assert verify(copy, sample=0).is_sound
+    refused: list[tuple[Any, str]] = [
+        ({"sample": -1}, "sample=-1.*at least 0"),
+        ({"threads": 0}, "threads=0.*at least 1"),
+    ]
+    for options, words in refused:
+        with pytest.raises(PlanError, match=words):
+            verify(copy, **options)
 
 
 class StopError(Exception):
@@ -107,12 +115,20 @@ def stop_after(done: int, _: int) -> None:
         raise StopError
 
 
-def test_a_verification_that_was_stopped_goes_on(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("residua.store.verification.checkpoint._SECONDS", -1.0)
+@pytest.mark.parametrize("is_written", [True, False], ids=["it was time to write", "it was not"])
+def test_a_verification_that_was_stopped_goes_on(
+    is_written: bool, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("residua.store.verification.checkpoint._SECONDS", -1.0 if is_written else 1e9)
     damage(copy, 0)
     expected, file = verify(copy), tmp_path / "cache/stopped.json"
+
+    def stop(done: int, total: int) -> None:
+        assert done == 1 or file.exists() == is_written
+        stop_after(done, total)
+
     with pytest.raises(StopError):
-        verify(copy, checkpoint=file, on_shard=stop_after)
+        verify(copy, checkpoint=file, on_shard=stop)
     assert Checkpoint(path=file, archive=copy).state["n_shards"] == 1
     damage(copy, 0)  # as it was, and not looked at again
     steps: list[int] = []
