@@ -92,7 +92,7 @@ def test_each_view_of_an_image_is_an_example_of_the_tower(tmp_path: Path) -> Non
     tower, text_rows = archive.stacks["vision"], archive.stacks["text"].rows
     n_views = {tuple(call["pixel_values"].shape[:2]) for call in calls if "pixel_values" in call}
     assert len(tower.example_table) == sum(a * b for a, b in n_views) > len(PICTURES)
-    columns = [np.asarray(tower.examples[name].to_pylist()) for name in ("source_index", "source_image")]
+    columns: list[Any] = [np.asarray(tower.examples[name].to_pylist()) for name in ("source_index", "source_image")]
     of_rows = np.asarray(tower.rows.example[:])
     assert tower.rows.view is not None
     assert text_rows.view is not None
