@@ -167,10 +167,15 @@ def serve() -> None:
 
 
 def share_memory() -> None:
-    """Keep children from looking at what this process has imported.
+    """Do what each child would do first when it loads a model, and keep it from looking at what is imported.
 
-    Garbage collection would copy every page of it, and the end of a child would free it all, in eight seconds.
+    transformers compiles a thousand regular expressions before the first checkpoint of a process is loaded.
+    Garbage collection would copy every page of memory, and the end of a child would free it all, in eight seconds.
     """
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.models.llama import modeling_llama  # noqa: F401  # the model of most children
+
+    get_checkpoint_conversion_mapping("llama")  # type: ignore[no-untyped-call]  # transformers has no annotations here
     gc.collect()
     gc.freeze()
 
