@@ -67,7 +67,9 @@ def test_rows_are_the_hidden_states_of_single_images(name: str, tmp_path: Path) 
     expected = torch.cat(states_of(model, PICTURES, made), 1)
     archive = result.archive
     for layer in range(3):
-        torch.testing.assert_close(torch.as_tensor(archive[f"resid_post.{layer}"][:]), expected[layer + 1])
+        wanted = expected[layer + 1]
+        atol = 1e-5 * float(wanted.abs().max())  # batches of another size add up in another order
+        torch.testing.assert_close(torch.as_tensor(archive[f"resid_post.{layer}"][:]), wanted, atol=atol, rtol=1e-5)
     assert archive.example_table.table(["label"])["label"].to_pylist() == list(range(len(SIZES)))
     group: Any = zarr.open_group(out, mode="r")
     first = FIRST_PATCH.get(name, 1)

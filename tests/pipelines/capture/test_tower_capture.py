@@ -77,7 +77,9 @@ def test_rows_of_a_text_model_are_its_tokens(name: str, tmp_path: Path) -> None:
             inputs = torch.tensor([ids])
             states = model.get_submodule("text_model")(input_ids=inputs, output_hidden_states=True).hidden_states
             expected.append(states[2][0])
-    torch.testing.assert_close(torch.as_tensor(archive["text.resid_post.1"][:]), torch.cat(expected))
+    wanted = torch.cat(expected)
+    atol = 1e-5 * float(wanted.abs().max())  # batches of another size add up in another order
+    torch.testing.assert_close(torch.as_tensor(archive["text.resid_post.1"][:]), wanted, atol=atol, rtol=1e-5)
     assert archive.rows.token[:].tolist() == [token for ids in IDS for token in ids]
 
 
