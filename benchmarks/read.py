@@ -23,7 +23,7 @@ from residuals import trained_residuals
 from residua.store.encoding.dtypes import to_float32
 from residua.store.encoding.shard import ShardEncoder, shard_path
 from residua.store.encoding.spec import ArraySpec
-from residua.store.read.reader import ArrayReader
+from residua.store.read.rows_in_shards import ArrayReader
 from residua.store.storage.files import write_file
 
 ROWS_PER_SHARD = 32_768

@@ -22,7 +22,7 @@ from residua.store.base.errors import AnalysisError
 from residua.store.encoding.codecs import PRESETS
 from residua.store.encoding.spec import ArraySpec
 from residua.store.read.archive import Archive
-from residua.store.read.reader import Array, Following
+from residua.store.read.rows_in_shards import Array, Following
 from residua.store.selection.row_filter import RowFilter
 
 Numbers = npt.NDArray[np.int64]

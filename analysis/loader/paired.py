@@ -19,7 +19,7 @@ from residua.store.base.errors import AnalysisError
 from residua.store.encoding.spec import ArraySpec
 from residua.store.read.archive import Archive
 from residua.store.read.array import ArchiveArray, as_tensor
-from residua.store.read.reader import Array, Filled, Following, in_steps
+from residua.store.read.rows_in_shards import Array, Filled, Following, in_steps
 from residua.store.read.stacks import open_archive
 
 _SAME = ("example", "position", "token")

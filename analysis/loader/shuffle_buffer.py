@@ -11,7 +11,7 @@ from math import prod
 import numpy as np
 
 from residua.analysis.loader.order import Numbers, Order, Source
-from residua.store.read.reader import Array, Following
+from residua.store.read.rows_in_shards import Array, Following
 
 _AHEAD_BYTES = 64 * 2**20  # stored bytes of all sites together
 

@@ -14,7 +14,7 @@ from residua.store.examples.annotate import ROW
 from residua.store.examples.index import OWN_COLUMNS
 from residua.store.examples.token_values import TokenValues, is_list, token_values
 from residua.store.read.archive import Archive
-from residua.store.read.reader import Array
+from residua.store.read.rows_in_shards import Array
 
 Numbers: TypeAlias = npt.NDArray[np.int64]
 Integers = TypeVar("Integers", bound=npt.NDArray[Any])

@@ -9,7 +9,7 @@ from dask.base import tokenize
 
 from residua.analysis.support.open_archives import Location, location, opened
 from residua.store.read.archive import Archive
-from residua.store.read.reader import Array
+from residua.store.read.rows_in_shards import Array
 
 
 def array(archive: Archive, site: str, *, dtype: npt.DTypeLike | None = None) -> da.Array:

@@ -13,7 +13,7 @@ from residua.analysis.rows.columns import ExampleColumns
 from residua.store.base.errors import AnalysisError
 from residua.store.examples.index import NO_TOKEN
 from residua.store.read.archive import Archive
-from residua.store.read.reader import Array
+from residua.store.read.rows_in_shards import Array
 from residua.store.read.text import token_texts
 from residua.store.selection.row_filter import RowFilter
 

@@ -57,7 +57,7 @@ from residua.store.examples.memory import ExampleSource
 from residua.store.format.plan import STACK_RULE
 from residua.store.read import stacks as stores
 from residua.store.read.archive import Archive
-from residua.store.read.reader import Array
+from residua.store.read.rows_in_shards import Array
 from residua.store.selection.grammar import Value
 
 Floats = npt.NDArray[np.float64]

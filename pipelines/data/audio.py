@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from residua.pipelines.data.missing_files import to_give
+from residua.pipelines.data.rows_to_tokens import Source
 from residua.pipelines.data.sources import Row, Rows
 from residua.pipelines.data.token_columns import TokenColumns
-from residua.pipelines.data.tokens import Source
 from residua.store.base.errors import DatasetError
 from residua.store.examples.index import NO_TOKEN, SOURCE_SHA256
 

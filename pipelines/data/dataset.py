@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from residua.pipelines.data.rows_to_tokens import Source, Tokens
 from residua.pipelines.data.settings import DatasetSettings
 from residua.pipelines.data.sources import dataset_commit, is_dataset, local_path, open_rows, refuse_taken
 from residua.pipelines.data.tokenizer import Tokenizer
-from residua.pipelines.data.tokens import Source, Tokens
 from residua.store.base.canonical import Json, digest_of
 from residua.store.base.errors import DatasetError
 from residua.store.base.naming import named

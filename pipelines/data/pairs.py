@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from residua.pipelines.data.dataset import SOURCE_COLUMNS, DatasetReport
+from residua.pipelines.data.rows_to_tokens import Source, Tokens
 from residua.pipelines.data.settings import DatasetSettings
 from residua.pipelines.data.sources import Row, Rows, open_rows, refuse_taken
 from residua.pipelines.data.tokenizer import Tokenizer
-from residua.pipelines.data.tokens import Source, Tokens
 from residua.store.base.errors import DatasetError
 from residua.store.base.naming import named
 from residua.store.examples.index import SOURCE_IDS, SOURCE_SHA256, Example

@@ -21,7 +21,7 @@ from residua.store.base.errors import DamagedArchiveError, PlanError, UnsafeArch
 from residua.store.base.untrusted import MAX_ROWS_PER_SHARD, check_file
 from residua.store.format.plan import SitePlan
 from residua.store.read.archive import Archive
-from residua.store.read.reader import Array
+from residua.store.read.rows_in_shards import Array
 from residua.store.read.stacks import open_archive
 from residua.store.storage.address import is_remote, shown
 from residua.store.storage.crc import CRC_BYTES

@@ -39,7 +39,7 @@ from residua.store.format.plan import Plan
 from residua.store.format.site_aliases import BySite
 from residua.store.format.site_names import select
 from residua.store.read.array import ArchiveArray
-from residua.store.read.reader import Array, ArrayReader, Check, RowNumbers
+from residua.store.read.rows_in_shards import Array, ArrayReader, Check, RowNumbers
 from residua.store.read.text import read_tokenizer, text_around
 from residua.store.read.zarr_group import ArchiveStore, open_zarr_group
 from residua.store.sealing.losses import describe_losses, losses_of

@@ -16,7 +16,7 @@ from residua.store.base.errors import TooLargeError
 from residua.store.encoding.codecs import INT8, PRESETS
 from residua.store.encoding.dtypes import BFLOAT16, storage_dtype, to_float32
 from residua.store.encoding.spec import ArraySpec
-from residua.store.read.reader import Array, ArrayReader, Filled, Following, RowNumbers, in_steps, reader_of
+from residua.store.read.rows_in_shards import Array, ArrayReader, Filled, Following, RowNumbers, in_steps, reader_of
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,7 @@ from residua.store.format.commits import Commit
 from residua.store.format.sidecars import ATTENTION_FILE
 from residua.store.read.archive import Archive, Rows, is_replay
 from residua.store.read.array import ArchiveArray
-from residua.store.read.reader import RowNumbers
+from residua.store.read.rows_in_shards import RowNumbers
 
 
 class JoinedArchive(Archive):

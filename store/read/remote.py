@@ -27,7 +27,7 @@ from residua.store.encoding.shard import ChunkTable, chunk_table_problem, descri
 from residua.store.encoding.spec import ArraySpec
 from residua.store.format.commits import Commit
 from residua.store.format.plan import Plan
-from residua.store.read.reader import FEW_CHUNKS, Array, ArrayReader, Check, Following, Job, decoding_threads
+from residua.store.read.rows_in_shards import FEW_CHUNKS, Array, ArrayReader, Check, Following, Job, decoding_threads
 from residua.store.storage.crc import CRC_BYTES
 from residua.store.storage.disk_cache import DiskCache
 from residua.store.storage.objects import ObjectFolder

@@ -26,8 +26,8 @@ from residua.store.format.array_metadata import METADATA
 from residua.store.format.commits import FOLDER, MAX_RECORD_BYTES, Commit, check_commits, is_record, read_commits
 from residua.store.format.plan import Plan
 from residua.store.read.archive import Archive
-from residua.store.read.reader import ArrayReader, Check
 from residua.store.read.remote import JOIN_GAP_BYTES, PACK, REQUEST_BYTES, RecordTables, RemoteChunks, RemoteReader
+from residua.store.read.rows_in_shards import ArrayReader, Check
 from residua.store.read.zarr_group import RemoteArchiveStore, open_zarr_group
 from residua.store.sealing.packed_index import INDEX, WHOLE_BYTES, PackedIndex
 from residua.store.storage.address import scheme_of

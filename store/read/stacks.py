@@ -15,9 +15,9 @@ from residua.store.format.stacks import stacks_in
 from residua.store.read.archive import Archive, Progress
 from residua.store.read.array import ArchiveArray
 from residua.store.read.joined import JoinedArchive
-from residua.store.read.reader import Check
 from residua.store.read.remote import JOIN_GAP_BYTES, REQUEST_BYTES
 from residua.store.read.remote_archive import Cache, RemoteArchive
+from residua.store.read.rows_in_shards import Check
 from residua.store.storage.address import is_remote, scheme_of, shown
 from residua.store.storage.destination import BucketFolder, Destination
 from residua.store.storage.hub import folder_at

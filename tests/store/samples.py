@@ -12,7 +12,7 @@ from residua.store.encoding.shard import ShardEncoder, shard_path
 from residua.store.encoding.spec import ArraySpec
 from residua.store.format.array_metadata import create_array
 from residua.store.read.mapped import MappedShard
-from residua.store.read.reader import ArrayReader
+from residua.store.read.rows_in_shards import ArrayReader
 from residua.store.storage.files import write_file
 
 Array = npt.NDArray[np.generic]

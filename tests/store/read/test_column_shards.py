@@ -12,7 +12,7 @@ from residua.store.encoding.shard import ShardEncoder, check_shard, shard_path
 from residua.store.encoding.spec import ArraySpec
 from residua.store.format.array_metadata import create_array, open_array
 from residua.store.format.plan import Plan, SitePlan
-from residua.store.read.reader import ArrayReader, reader_of
+from residua.store.read.rows_in_shards import ArrayReader, reader_of
 from residua.store.storage.files import write_file
 from tests.store.read.test_other_readers import READERS, Reader
 from tests.store.samples import Array, make_rows, make_spec, same_bits

@@ -96,7 +96,7 @@ def test_more_rows_than_there_is_memory_for(untouched: Path, monkeypatch: pytest
     def too_large(*_: object) -> None:
         raise MemoryError("Unable to allocate 8.00 EiB")
 
-    monkeypatch.setattr("residua.store.read.reader.ArrayReader.read", too_large)
+    monkeypatch.setattr("residua.store.read.rows_in_shards.ArrayReader.read", too_large)
     words = refused(READS["all"], array)
     assert words.startswith("resid_post.0 has 38 rows of 160 bytes, and there is too little memory")
     assert words.endswith("8.00 EiB): read fewer at a time")

@@ -17,7 +17,7 @@ import pytest
 from residua.store.base.errors import DamagedArchiveError
 from residua.store.encoding.shard import shard_path
 from residua.store.read.mapped import OPEN_SHARDS, OpenShards
-from residua.store.read.reader import ArrayReader
+from residua.store.read.rows_in_shards import ArrayReader
 from tests.store.samples import N_ROWS, Array, Stored, make_spec, same_bits, store
 
 

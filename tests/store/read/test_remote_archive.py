@@ -25,9 +25,9 @@ from residua.store.encoding.codecs import PRESETS
 from residua.store.format.archive_metadata import ROOT, read_metadata, write_metadata
 from residua.store.format.stacks import create_stacks
 from residua.store.read.archive import Archive
-from residua.store.read.reader import Following
 from residua.store.read.remote import RemoteChunks, RemoteReader
 from residua.store.read.remote_archive import RemoteArchive
+from residua.store.read.rows_in_shards import Following
 from residua.store.read.stacks import open_archive
 from residua.store.sealing.packed_index import INDEX
 from residua.store.storage.disk_cache import DiskCache
@@ -170,7 +170,7 @@ def filled(archive: Archive, site: str, pieces: list[Any], following: Following 
 def test_pieces_that_are_read_together_are_the_same_rows(
     codec: str, step_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("residua.store.read.reader._STEP_BYTES", step_bytes)
+    monkeypatch.setattr("residua.store.read.rows_in_shards._STEP_BYTES", step_bytes)
     here = Archive(make_archive(tmp_path / "a.zarr", codec))
     rows = np.concatenate([np.asarray(piece) for piece in PIECES])
     with serving_files(tmp_path) as server:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from residua.store.base.errors import DamagedArchiveError, UnsafeArchiveError
-from residua.store.read.reader import ArrayReader
+from residua.store.read.rows_in_shards import ArrayReader
 from tests.store.samples import COMBINATIONS, N_ROWS, Array, Stored, flip_every_bit, make_spec, same_bits, store
 
 
