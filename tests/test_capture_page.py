@@ -36,7 +36,7 @@ def test_the_file_of_settings_is_one(tmp_path: Path) -> None:
 def test_every_flag_and_codec_that_it_names_exists() -> None:
     text = (ROOT / PAGE).read_text()
     flags = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(CaptureSettings)}
-    flags |= {"--model", "--dataset", "--out", "--config", "--help", "--weights"}
+    flags |= {"--model", "--dataset", "--out", "--add-sites", "--config", "--help", "--weights"}
     used = set(re.findall(r"`(--[a-z-]+)", text))
     assert used <= flags | {"--nproc-per-node"}
     assert set(PRESETS) <= set(re.findall(r"`([\w-]+)`", text))

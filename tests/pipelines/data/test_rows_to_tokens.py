@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import pytest
 
-from residua.pipelines.data import sources, tokens
+from residua.pipelines.data import rows_to_tokens, sources
 from residua.pipelines.data.dataset import read_examples
 from residua.pipelines.data.settings import DatasetSettings
 from residua.store.base.errors import DatasetError
@@ -21,7 +21,7 @@ SECONDS = 60
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "_TEXTS_AT_ONCE", 2)
+    monkeypatch.setattr(rows_to_tokens, "_TEXTS_AT_ONCE", 2)
     monkeypatch.setattr(sources, "_ROWS_AT_ONCE", 1)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from residua.store.edits.archive_values import class_members, mean_rows
 from residua.store.encoding.codecs import decode_chunk
-from residua.store.read import reader
+from residua.store.read import rows_in_shards
 from residua.store.read.archive import Archive
 from residua.store.selection.tokens import Selection, TokenSelector
 from tests.analysis.rows_archive import write_rows
@@ -36,7 +36,7 @@ def test_means_of_all_classes_are_those_of_numpy(archive: Archive, monkeypatch: 
         n_decoded += 1
         decode_chunk(*given, **named)
 
-    monkeypatch.setattr(reader, "decode_chunk", counting)
+    monkeypatch.setattr(rows_in_shards, "decode_chunk", counting)
     found = mean_rows(archive, SITE, list(members.values()))
     for label, mean in zip(members, found, strict=True):
         assert mean is not None
