@@ -20,8 +20,8 @@ from matplotlib.ticker import NullFormatter
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs" / "scale.svg"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-MARKERS = "osD^vP"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555")
+MARKERS = "osD^vPX"
 
 
 class Line(NamedTuple):
@@ -87,7 +87,7 @@ def memory() -> tuple[list[Line], list[Line]]:
 
 def panel(axes: Axes, title: str, x: str, y: str, lines: Sequence[Line]) -> None:
     """Draw curves over sizes on a logarithmic axis."""
-    for line, colour, marker in zip(lines, COLOURS, MARKERS, strict=False):
+    for line, colour, marker in zip(lines, COLOURS[: len(lines)], MARKERS[: len(lines)], strict=True):
         axes.plot(line.sizes, line.values, color=colour, marker=marker, markersize=5, linewidth=1.6, label=line.name)
     axes.set_xscale("log")
     axes.xaxis.set_minor_formatter(NullFormatter())
