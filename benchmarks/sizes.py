@@ -80,7 +80,7 @@ from residua.analysis.rows.blocks import Leaves
 from residua.analysis.support.cluster import connect
 from residua.analysis.support.sums import joined, shares, sum_share, total_of
 from residua.pipelines.data.dataset import DatasetReport, read_examples
-from residua.pipelines.setup.settings import CaptureSettings
+from residua.pipelines.setup.capture_settings import CaptureSettings
 from residua.store.examples.index import Example
 from residua.store.examples.writer import ExampleWriter
 from residua.store.format.create import create_archive, workspace

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from residua.pipelines.replay.replay import replay_dataset
     from residua.pipelines.runs.replay import replay
     from residua.pipelines.runs.run import run
-    from residua.pipelines.setup.settings import CaptureSettings
+    from residua.pipelines.setup.capture_settings import CaptureSettings
     from residua.store.base.errors import ResiduaError
     from residua.store.edits.overlay import overlay
     from residua.store.read.archive import Archive
@@ -84,7 +84,7 @@ __all__ = [
 
 _HOMES = {
     "Archive": "store.read.archive:Archive",
-    "CaptureSettings": "pipelines.setup.settings:CaptureSettings",
+    "CaptureSettings": "pipelines.setup.capture_settings:CaptureSettings",
     "Recorder": "capture.recording.recorder:Recorder",
     "ResiduaError": "store.base.errors:ResiduaError",
     "TapGroup": "capture.taps.tap:TapGroup",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from residua.pipelines.setup.settings import CaptureSettings, read_config
+from residua.pipelines.setup.capture_settings import CaptureSettings, read_config
 from residua.store.encoding.codecs import PRESETS
 from tests.pages import ROOT, blocks, run
 

@@ -12,8 +12,8 @@ from residua.analysis.lens.settings import LensOptions, LensSettings
 from residua.analysis.loader.loader import Loader, LoaderOptions
 from residua.capture.replay.generation import _PROMPT_OPTIONS, GenerationOptions
 from residua.pipelines.circuits.sweep import SweepOptions, SweepSettings
-from residua.pipelines.data.settings import DatasetOptions, DatasetSettings
-from residua.pipelines.setup.settings import CaptureOptions, CaptureSettings
+from residua.pipelines.data.dataset_settings import DatasetOptions, DatasetSettings
+from residua.pipelines.setup.capture_settings import CaptureOptions, CaptureSettings
 from residua.store.read.stacks import StackedArchive
 
 NOT_OPTIONS = {"LogisticProbe.save", "RidgeProbe.save", "LinearProbe.save"}

@@ -21,9 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from residua.capture.hooks.attention import eager_attention
 from residua.capture.identity.fingerprint import known_fingerprint, weights_fingerprint
+from residua.capture.identity.module_settings import adapters_of, compare_settings, module_settings
 from residua.capture.identity.output import OutputSample, compare_outputs, output_sample
 from residua.capture.identity.prediction import Prediction
-from residua.capture.identity.settings import adapters_of, compare_settings, module_settings
 from residua.capture.layout.process_layout import describe_process_layout, spans_processes
 from residua.capture.runtime.compat import attention_implementation, model_revision
 from residua.capture.runtime.pipeline_schedule import runnable

@@ -37,10 +37,10 @@ from residua.capture.hooks.forward_call import is_probing, move_last
 from residua.capture.hooks.site import SiteInfo, check_storage, plan_site, refuse_repeated, site_notes
 from residua.capture.identity.few_tokens import FewTokens
 from residua.capture.identity.lm_head import lm_head_files, lm_head_problem
+from residua.capture.identity.module_settings import ModelState
 from residua.capture.identity.output import output_sample
 from residua.capture.identity.prediction import Prediction, no_loss, prediction_of
 from residua.capture.identity.provenance import identify_model
-from residua.capture.identity.settings import ModelState
 from residua.capture.identity.sidecars import attention_files, attention_notes
 from residua.capture.layout.layouts import Layout
 from residua.capture.layout.local_shards import LocalShards, full_row_shape

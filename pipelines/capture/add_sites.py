@@ -14,7 +14,7 @@ from residua.pipelines.capture.capture import capture_request
 from residua.pipelines.capture.dataset_job import CaptureRequest, DatasetSource
 from residua.pipelines.capture.result import CaptureResult
 from residua.pipelines.copies.join_sites import join_sites, place_beside, recover, refuse_other_rows
-from residua.pipelines.setup.settings import CaptureSettings
+from residua.pipelines.setup.capture_settings import CaptureSettings
 from residua.store.base.errors import NotCapturedError, PlanError
 from residua.store.base.naming import named
 from residua.store.format.archive_metadata import ROOT

@@ -27,8 +27,8 @@ from residua.pipelines.capture.stacks import refuse_split
 from residua.pipelines.capture.towers import capture_both, sites_of_both
 from residua.pipelines.data.dataset import DatasetReport
 from residua.pipelines.jobs.workers import Workers, working_together
+from residua.pipelines.setup.capture_settings import CaptureOptions, CaptureSettings
 from residua.pipelines.setup.models import is_pair_model
-from residua.pipelines.setup.settings import CaptureOptions, CaptureSettings
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
 from residua.store.format.plan import Plan

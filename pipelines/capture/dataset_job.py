@@ -33,8 +33,8 @@ from residua.pipelines.data.dataset import DatasetReport, dataset_identity, read
 from residua.pipelines.data.reading import Reading, reading_of
 from residua.pipelines.data.tokenizer import require_special, special_ids
 from residua.pipelines.images.examples import ImageDataset
+from residua.pipelines.setup.capture_settings import CaptureSettings
 from residua.pipelines.setup.models import load_model, load_tokenizer, token_limit, transformers_model
-from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.canonical import Json
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import named

@@ -32,8 +32,8 @@ from residua.pipelines.data.pairs import PairTokens, read_pairs
 from residua.pipelines.data.sources import Rows
 from residua.pipelines.data.tokenizer import require_special, special_ids
 from residua.pipelines.images.spool import spool_folder
+from residua.pipelines.setup.capture_settings import CaptureSettings
 from residua.pipelines.setup.models import token_limit
-from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.canonical import Json
 from residua.store.base.errors import DatasetError, PlanError
 from residua.store.base.naming import named

@@ -15,7 +15,7 @@ from residua.capture.sites.towers import NAMES, Tower, towers_of
 from residua.pipelines.data.missing_files import to_give
 from residua.pipelines.images.encoders import PatchEncoder, TokenEncoder
 from residua.pipelines.images.examples import ImageDataset
-from residua.pipelines.setup.settings import CaptureSettings
+from residua.pipelines.setup.capture_settings import CaptureSettings
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
 

@@ -10,7 +10,7 @@ from residua.pipelines.capture.dataset_job import CaptureRequest, DatasetCapture
 from residua.pipelines.capture.result import CaptureResult
 from residua.pipelines.data.dataset import DatasetReport
 from residua.pipelines.jobs.workers import WorkerFigures, Workers, working_together
-from residua.pipelines.setup.settings import CaptureSettings
+from residua.pipelines.setup.capture_settings import CaptureSettings
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
 from residua.store.read.stacks import open_written

@@ -20,7 +20,7 @@ from residua.pipelines.capture.images import image_dataset, ran_alone
 from residua.pipelines.capture.result import CaptureResult
 from residua.pipelines.capture.stacks import run_stacks
 from residua.pipelines.data.dataset import SOURCE_COLUMNS
-from residua.pipelines.setup.settings import CaptureSettings
+from residua.pipelines.setup.capture_settings import CaptureSettings
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
 from residua.store.examples.table import ExampleTable

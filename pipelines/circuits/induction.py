@@ -20,8 +20,8 @@ from residua.pipelines.capture.capture import capture_dataset
 from residua.pipelines.capture.result import CaptureResult
 from residua.pipelines.circuits.repeats import RepeatSettings, repeated_tokens
 from residua.pipelines.replay.result_folder import write_table
+from residua.pipelines.setup.capture_settings import CaptureSettings
 from residua.pipelines.setup.models import named_model
-from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
 from residua.store.read.archive import Archive

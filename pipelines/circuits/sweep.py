@@ -18,8 +18,8 @@ from residua.pipelines.circuits.read_pairs import PairSource, read_pairs
 from residua.pipelines.jobs.sharing import SharedWork
 from residua.pipelines.jobs.workers import working_together
 from residua.pipelines.replay.result_folder import write_table
+from residua.pipelines.setup.capture_settings import CaptureSettings
 from residua.pipelines.setup.models import named_model
-from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.canonical import digest_of
 from residua.store.base.errors import PlanError
 from residua.store.read.archive import Archive

@@ -515,8 +515,8 @@ def _sites(options: argparse.Namespace) -> int:
     from residua.capture.sites.architectures import family_of
     from residua.capture.sites.names_to_modules import model_sites
     from residua.capture.sites.stacks import is_encoder_decoder
+    from residua.pipelines.setup.capture_settings import CaptureSettings
     from residua.pipelines.setup.models import load_empty_model, load_model
-    from residua.pipelines.setup.settings import CaptureSettings
 
     model = load_model(options.model, CaptureSettings()) if options.weights else load_empty_model(options.model)
     sites = model_sites(model)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 def add(commands: Any) -> None:
     """Add the command."""
-    from residua.pipelines.data.settings import DatasetSettings
-    from residua.pipelines.setup.settings import CaptureSettings
+    from residua.pipelines.data.dataset_settings import DatasetSettings
+    from residua.pipelines.setup.capture_settings import CaptureSettings
 
     text = "store a model's activations over a dataset in an archive"
     description = (
@@ -46,7 +46,7 @@ def _capture(options: argparse.Namespace) -> int:
     with stopping_in_time():
         from residua.pipelines.capture.add_sites import add_sites
         from residua.pipelines.capture.capture import capture_dataset
-        from residua.pipelines.setup.settings import CaptureSettings, read_config
+        from residua.pipelines.setup.capture_settings import CaptureSettings, read_config
 
         values = read_config(Path(options.config)) if options.config else {}
         values = {key.replace("-", "_"): value for key, value in values.items()}

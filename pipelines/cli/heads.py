@@ -40,7 +40,7 @@ def add(commands: Any) -> None:
 
 
 def _add_induction(commands: Any) -> None:
-    from residua.pipelines.setup.settings import CaptureSettings
+    from residua.pipelines.setup.capture_settings import CaptureSettings
 
     text = "score every attention head on repeated random tokens"
     description = (
@@ -68,7 +68,7 @@ def _add_induction(commands: Any) -> None:
 def _induction(options: argparse.Namespace) -> int:
     from residua.pipelines.circuits.induction import capture_repeats, heads_place, score_repeats
     from residua.pipelines.circuits.repeats import RepeatSettings
-    from residua.pipelines.setup.settings import CaptureSettings
+    from residua.pipelines.setup.capture_settings import CaptureSettings
 
     given = {name: value for name in _CAPTURE if (value := getattr(options, name)) is not None}
     is_first = is_first_process()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from residua.pipelines.data.settings import DatasetSettings
+from residua.pipelines.data.dataset_settings import DatasetSettings
 from residua.pipelines.data.tokenizer import Tokenizer
 from residua.store.base.errors import DatasetError
 from residua.store.base.naming import named

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from residua.pipelines.data.dataset_settings import DatasetSettings
 from residua.pipelines.data.rows_to_tokens import Source, Tokens
-from residua.pipelines.data.settings import DatasetSettings
 from residua.pipelines.data.sources import dataset_commit, is_dataset, local_path, open_rows, refuse_taken
 from residua.pipelines.data.tokenizer import Tokenizer
 from residua.store.base.canonical import Json, digest_of

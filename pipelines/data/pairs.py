@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from residua.pipelines.data.dataset import SOURCE_COLUMNS, DatasetReport
+from residua.pipelines.data.dataset_settings import DatasetSettings
 from residua.pipelines.data.rows_to_tokens import Source, Tokens
-from residua.pipelines.data.settings import DatasetSettings
 from residua.pipelines.data.sources import Row, Rows, open_rows, refuse_taken
 from residua.pipelines.data.tokenizer import Tokenizer
 from residua.store.base.errors import DatasetError

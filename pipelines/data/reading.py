@@ -16,7 +16,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from residua.capture.identity.provenance import identify_tokenizer
-from residua.pipelines.data.settings import DatasetSettings
+from residua.pipelines.data.dataset_settings import DatasetSettings
 from residua.pipelines.data.sources import dataset_commit, is_at_rest, local_path
 from residua.pipelines.data.tokenizer import special_ids
 from residua.store.base.canonical import Json, digest_of

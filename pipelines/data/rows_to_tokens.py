@@ -14,8 +14,8 @@ from typing import Literal, NamedTuple, TypeAlias, TypeVar, cast
 import numpy as np
 
 from residua.pipelines.data.chats import TOOLS, Chats
+from residua.pipelines.data.dataset_settings import DatasetSettings
 from residua.pipelines.data.missing_files import to_give
-from residua.pipelines.data.settings import DatasetSettings
 from residua.pipelines.data.sources import Row, Rows
 from residua.pipelines.data.token_columns import TokenColumns
 from residua.pipelines.data.tokenizer import Tokenizer, knows_text, start_tokens, token_ids

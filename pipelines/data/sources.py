@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 from pyarrow.types import is_integer
 
-from residua.pipelines.data.settings import DatasetSettings
+from residua.pipelines.data.dataset_settings import DatasetSettings
 from residua.pipelines.data.text_files import TextFiles, check_text
 from residua.store.base.errors import DatasetError
 from residua.store.base.naming import named

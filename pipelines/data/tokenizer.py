@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
-from residua.pipelines.data.settings import DatasetSettings
+from residua.pipelines.data.dataset_settings import DatasetSettings
 from residua.store.base.errors import DatasetError
 from residua.store.base.naming import named
 from residua.store.selection.positions import IntArray

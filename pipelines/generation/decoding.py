@@ -35,7 +35,7 @@ from residua.capture.runtime.pipeline_schedule import stage_model_of
 from residua.capture.runtime.sharded import is_sharded
 from residua.capture.runtime.wrappers import core_of
 from residua.capture.sites.anatomy import takes_pixels
-from residua.pipelines.setup.settings import CaptureSettings
+from residua.pipelines.setup.capture_settings import CaptureSettings
 from residua.store.base.canonical import Json, as_json
 from residua.store.base.errors import CaptureError, PlanError
 from residua.store.base.naming import named

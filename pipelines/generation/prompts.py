@@ -15,7 +15,7 @@ import numpy as np
 from residua.pipelines.data.dataset import DatasetReport, read_examples
 from residua.pipelines.data.sources import refuse_taken
 from residua.pipelines.data.tokenizer import Tokenizer
-from residua.pipelines.setup.settings import CaptureSettings
+from residua.pipelines.setup.capture_settings import CaptureSettings
 from residua.store.examples.index import Example, ExampleIndex, IntArray
 from residua.store.examples.table import ExampleTable
 from residua.store.examples.writer import ExampleWriter

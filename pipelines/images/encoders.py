@@ -21,8 +21,8 @@ from residua.capture.sites.anatomy import PIXELS
 from residua.capture.sites.pixels import grid_of, is_cut, patch_grid, patch_order, views_of
 from residua.capture.sites.towers import image_token_of
 from residua.pipelines.data.chats import given_fields, message_of
+from residua.pipelines.data.dataset_settings import DatasetSettings
 from residua.pipelines.data.missing_files import to_give
-from residua.pipelines.data.settings import DatasetSettings
 from residua.pipelines.data.sources import Row
 from residua.pipelines.data.tokenizer import special_ids
 from residua.store.base.canonical import Json, as_json, digest_of

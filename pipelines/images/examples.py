@@ -16,7 +16,7 @@ from PIL import Image
 
 from residua.capture.forward.example_inputs import OF_TOKENS, ExampleInputs
 from residua.pipelines.data.dataset import SOURCE_COLUMNS, DatasetReport
-from residua.pipelines.data.settings import DatasetSettings
+from residua.pipelines.data.dataset_settings import DatasetSettings
 from residua.pipelines.data.sources import Row, Rows, local_path, open_rows, refuse_taken
 from residua.pipelines.images.images import GivenImage, given_image, open_image
 from residua.pipelines.images.spool import Spool, SpoolWriter, spool_folder

@@ -16,7 +16,7 @@ from residua.capture.forward.example_inputs import OF_TOKENS, ExampleInputs, joi
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.wrappers import core_of
 from residua.capture.sites.towers import image_token_of
-from residua.pipelines.data.settings import DatasetSettings
+from residua.pipelines.data.dataset_settings import DatasetSettings
 from residua.pipelines.images.encoders import processed, processor_identity
 from residua.pipelines.images.images import GivenImage, given_image, open_image
 from residua.store.base.errors import PlanError

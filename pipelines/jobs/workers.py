@@ -27,7 +27,7 @@ from residua.capture.runtime.compat import PrefixStore
 from residua.capture.scheduling.membership import START_SECONDS, Membership
 from residua.capture.scheduling.work_queue import WorkQueue, shared_queue, unit_runs, units_left
 from residua.pipelines.jobs.rendezvous import rendezvous
-from residua.pipelines.setup.settings import CaptureSettings
+from residua.pipelines.setup.capture_settings import CaptureSettings
 from residua.store.base.errors import CaptureError, PlanError
 from residua.store.base.naming import named
 from residua.store.examples.schedule import Schedule

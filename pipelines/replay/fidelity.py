@@ -18,8 +18,8 @@ from residua.capture.replay.notes import is_rounded
 from residua.pipelines.capture.captured_batches import sample_batches
 from residua.pipelines.jobs.sharing import SharedWork
 from residua.pipelines.jobs.workers import working_together
+from residua.pipelines.setup.capture_settings import CaptureSettings
 from residua.pipelines.setup.models import model_first, replayed_model
-from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError
 from residua.store.format.sidecars import Fidelity, SiteFidelity, write_fidelity
 from residua.store.format.site_names import parse_site

@@ -36,8 +36,8 @@ from residua.pipelines.replay.result_folder import (
     read_table,
     write_files,
 )
+from residua.pipelines.setup.capture_settings import CaptureSettings
 from residua.pipelines.setup.models import replayed_model
-from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import NotCapturedError, PlanError
 from residua.store.base.naming import named
 from residua.store.edits.contents import contents_of

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from residua.pipelines.data.dataset import SOURCE_COLUMNS, DatasetReport, read_examples
-from residua.pipelines.data.settings import DatasetSettings
+from residua.pipelines.data.dataset_settings import DatasetSettings
 from residua.pipelines.data.sources import is_dataset, is_frame, open_rows
 from residua.pipelines.data.tokenizer import special_ids
 from residua.pipelines.runs.texts import Texts

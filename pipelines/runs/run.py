@@ -26,12 +26,12 @@ from residua.capture.replay.result_memory import ResultMemory
 from residua.capture.replay.unedited import unedited_rows
 from residua.capture.runtime.wrappers import core_of
 from residua.capture.sites.reference_model import unsharded_sites
-from residua.pipelines.data.settings import DatasetSettings
+from residua.pipelines.data.dataset_settings import DatasetSettings
 from residua.pipelines.runs.prompts import read_prompts
 from residua.pipelines.runs.result import Run
 from residua.pipelines.runs.texts import Texts
+from residua.pipelines.setup.capture_settings import CaptureSettings
 from residua.pipelines.setup.models import load_model, load_tokenizer, tokenizer_of, transformers_model
-from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
 from residua.store.base.sizes import Size, n_bytes

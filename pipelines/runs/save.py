@@ -14,7 +14,7 @@ from residua.capture.replay.prompts import Prompts
 from residua.pipelines.capture.dataset_job import CaptureRequest, DatasetCapture
 from residua.pipelines.jobs.workers import Workers, working_together
 from residua.pipelines.runs.texts import Texts
-from residua.pipelines.setup.settings import CaptureSettings
+from residua.pipelines.setup.capture_settings import CaptureSettings
 from residua.store.base.canonical import Json, digest_of
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import named

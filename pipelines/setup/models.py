@@ -27,7 +27,7 @@ from residua.capture.runtime.wrappers import core_of, replica_of
 from residua.capture.sites.pipeline_stages import is_placeholder
 from residua.capture.sites.stacks import is_encoder_decoder
 from residua.pipelines.data.tokenizer import knows_text
-from residua.pipelines.setup.settings import CaptureSettings
+from residua.pipelines.setup.capture_settings import CaptureSettings
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
 from residua.store.format.archive_metadata import ROOT

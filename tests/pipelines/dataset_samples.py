@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from residua.pipelines.data.dataset import DatasetReport, read_examples
-from residua.pipelines.data.settings import DatasetSettings
+from residua.pipelines.data.dataset_settings import DatasetSettings
 from residua.store.examples.index import Example
 
 WORDS = ["<s>", "</s>", "<unk>", "user", "assistant", "a", "b", "c", "d", "e", "f", "g"]

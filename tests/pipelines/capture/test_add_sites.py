@@ -14,7 +14,7 @@ import residua
 from residua.pipelines.capture.add_sites import add_sites
 from residua.pipelines.cli.main import main
 from residua.pipelines.copies.join_sites import ADDED
-from residua.pipelines.setup.settings import CaptureSettings
+from residua.pipelines.setup.capture_settings import CaptureSettings
 from residua.store.base.errors import NotCapturedError, PlanError, StorageError
 from residua.store.read.archive import Archive
 from residua.store.sharing.push import push

@@ -15,8 +15,8 @@ from residua.pipelines.capture.capture import capture_dataset
 from residua.pipelines.capture.result import CaptureResult
 from residua.pipelines.cli.main import main
 from residua.pipelines.data.dataset import DatasetReport
+from residua.pipelines.data.dataset_settings import DatasetSettings
 from residua.pipelines.data.pairs import PairTokens, read_pairs
-from residua.pipelines.data.settings import DatasetSettings
 from residua.pipelines.data.tokenizer import Tokenizer
 from residua.store.base.errors import DatasetError, PlanError, UnknownSiteError
 from tests.models.tiny_pairs import N_DECODER, N_ENCODER, TINY_PAIRS, VOCABULARY, tiny_whisper

@@ -18,8 +18,8 @@ from residua.pipelines.capture import dataset_job, growing
 from residua.pipelines.capture.add_sites import add_sites
 from residua.pipelines.capture.result import CaptureResult
 from residua.pipelines.data import reading
+from residua.pipelines.setup.capture_settings import CaptureSettings
 from residua.pipelines.setup.models import load_model, load_tokenizer
-from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import DatasetError, PlanError
 from residua.store.read.archive import Archive
 from residua.store.verification.verify import verify

@@ -18,7 +18,7 @@ from residua.capture.recording.stats import RecordStats
 from residua.pipelines.capture import growing
 from residua.pipelines.capture.add_sites import add_sites
 from residua.pipelines.capture.result import CaptureResult
-from residua.pipelines.setup.settings import CaptureSettings
+from residua.pipelines.setup.capture_settings import CaptureSettings
 from residua.store.base.errors import DatasetError, StorageError
 from residua.store.examples import growing as examples_of
 from residua.store.storage.objects import ObjectFolder

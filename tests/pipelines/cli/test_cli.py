@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import residua
 from residua.pipelines.cli.main import main
-from residua.pipelines.setup.settings import CaptureSettings
+from residua.pipelines.setup.capture_settings import CaptureSettings
 from residua.store.read.archive import Archive
 from tests.models.tiny import ODD
 from tests.models.tiny_pairs import TINY_PAIRS

@@ -9,7 +9,7 @@ import pytest
 
 from residua.analysis.lens.settings import LensSettings
 from residua.pipelines.cli.main import _parser
-from residua.pipelines.setup.settings import CaptureSettings
+from residua.pipelines.setup.capture_settings import CaptureSettings
 
 OF_SETTINGS = {"capture": CaptureSettings, "induction": CaptureSettings, "lens train": LensSettings}
 """Commands with flags whose default is that of a class of settings; the flags themselves are None."""

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from residua.pipelines.data.dataset import DatasetReport, read_examples
-from residua.pipelines.data.settings import DatasetSettings
+from residua.pipelines.data.dataset_settings import DatasetSettings
 from residua.store.base.errors import DatasetError
 from residua.store.examples.index import Example
 from tests.pipelines.dataset_samples import make_tokenizer

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from residua.pipelines.data.dataset import DatasetReport, Window, cut_windows, read_examples
-from residua.pipelines.data.settings import DatasetSettings
+from residua.pipelines.data.dataset_settings import DatasetSettings
 from residua.store.base.errors import DatasetError
 from residua.store.examples.table import ExampleTable
 from residua.store.examples.writer import ExampleWriter

@@ -15,7 +15,7 @@ from datasets.packaged_modules.parquet.parquet import ParquetConfig
 from huggingface_hub import HfApi
 
 from residua.pipelines.data.dataset import dataset_identity
-from residua.pipelines.data.settings import DatasetSettings
+from residua.pipelines.data.dataset_settings import DatasetSettings
 from residua.pipelines.data.sources import open_rows
 from residua.store.base.canonical import canonical_json, digest_of
 from tests.pipelines.dataset_samples import ids, read, tokens, write_source
@@ -70,7 +70,7 @@ class TestHub:
     def test_a_missing_network_is_reported_at_once(self, tmp_path: Path, variables: dict[str, str], found: str) -> None:
         program = (
             "from residua.pipelines.data.dataset import read_examples\n"
-            "from residua.pipelines.data.settings import DatasetSettings\n"
+            "from residua.pipelines.data.dataset_settings import DatasetSettings\n"
             "from residua.store.base.errors import DatasetError\n"
             "try:\n    read_examples('someone/texts', settings=DatasetSettings())\n"
             "except DatasetError as error:\n    print(error)\n"

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from residua.pipelines.data.settings import DatasetSettings
+from residua.pipelines.data.dataset_settings import DatasetSettings
 from residua.store.base.errors import DatasetError
 from tests.pipelines.dataset_samples import CHATS, make_tokenizer, read, table_of, write_source
 

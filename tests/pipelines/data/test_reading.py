@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 
 from residua.pipelines.data import reading
+from residua.pipelines.data.dataset_settings import DatasetSettings
 from residua.pipelines.data.reading import reading_of
-from residua.pipelines.data.settings import DatasetSettings
 from residua.store.base.errors import DatasetError
 from tests.pipelines.dataset_samples import make_tokenizer
 

@@ -11,7 +11,7 @@ import pytest
 
 from residua.pipelines.data import rows_to_tokens, sources
 from residua.pipelines.data.dataset import read_examples
-from residua.pipelines.data.settings import DatasetSettings
+from residua.pipelines.data.dataset_settings import DatasetSettings
 from residua.store.base.errors import DatasetError
 from tests.pipelines.dataset_samples import TOKENIZER, ids
 

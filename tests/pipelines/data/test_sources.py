@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from residua.pipelines.data.settings import DatasetSettings
+from residua.pipelines.data.dataset_settings import DatasetSettings
 from residua.pipelines.data.sources import Rows, open_rows
 from residua.store.base.errors import DatasetError
 from tests.pipelines.dataset_samples import CHATS, ids, read, tokens

@@ -15,7 +15,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from residua.pipelines.data.settings import DatasetSettings
+from residua.pipelines.data.dataset_settings import DatasetSettings
 from residua.pipelines.data.sources import open_rows
 from residua.pipelines.data.text_files import TextFiles
 from residua.store.base.errors import DatasetError

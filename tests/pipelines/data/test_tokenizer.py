@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from residua.pipelines.capture.capture import capture_dataset
 from residua.pipelines.circuits.repeats import plain_ids
 from residua.pipelines.data.tokenizer import knows_text, special_ids, start_tokens, token_ids
+from residua.pipelines.setup.capture_settings import CaptureSettings
 from residua.pipelines.setup.models import load_tokenizer
-from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import DatasetError, PlanError
 from tests.models.tiny import TINY
 from tests.pipelines.dataset_samples import WORDS, make_tokenizer

@@ -15,8 +15,8 @@ from transformers.distributed import mixin
 from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
 
 from residua.capture.identity.provenance import describe_model
+from residua.pipelines.setup.capture_settings import CaptureSettings
 from residua.pipelines.setup.models import load_model, stages_in_parallel
-from residua.pipelines.setup.settings import CaptureSettings
 from residua.store.base.errors import PlanError
 from tests.models.tiny import TINY
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from residua.pipelines.cli.main import main
-from residua.pipelines.setup.settings import CaptureSettings
+from residua.pipelines.setup.capture_settings import CaptureSettings
 from residua.store.base.errors import ResiduaError
 from residua.store.base.naming import named, naming_flags
 

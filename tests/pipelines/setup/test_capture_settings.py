@@ -12,8 +12,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from residua.capture.hooks.site import FLOATS
-from residua.pipelines.data.settings import DatasetSettings
-from residua.pipelines.setup.settings import CaptureSettings, read_config
+from residua.pipelines.data.dataset_settings import DatasetSettings
+from residua.pipelines.setup.capture_settings import CaptureSettings, read_config
 from residua.store.base.errors import DatasetError, PlanError
 
 NAMES = [field.name for field in fields(CaptureSettings)]
@@ -184,7 +184,7 @@ def test_a_file_gives_what_was_put_in(tmp_path: Path, dump: Any) -> None:
         "!!python/object/apply:os.system ['touch pwned']",
         "sites: !!python/object/apply:pathlib.Path.touch [pwned]",
         "sites: !!python/name:os.system",
-        "sites: !!python/object:residua.pipelines.setup.settings.CaptureSettings {}",
+        "sites: !!python/object:residua.pipelines.setup.capture_settings.CaptureSettings {}",
         "!!python/tuple [1]",
     ],
 )

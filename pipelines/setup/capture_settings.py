@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from residua.capture.hooks.site import FLOATS, check_storage
-from residua.pipelines.data.settings import DatasetOptions, DatasetSettings, setting
+from residua.pipelines.data.dataset_settings import DatasetOptions, DatasetSettings, setting
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
 from residua.store.base.sizes import Size, n_bytes
