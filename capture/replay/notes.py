@@ -13,7 +13,7 @@ from residua.store.edits.edit import Set, Swap
 from residua.store.encoding.codecs import PRESETS
 from residua.store.examples.memory import ExampleSource
 from residua.store.format.plan import STACK_RULE, SitePlan
-from residua.store.read.archive import Archive, is_replay
+from residua.store.read.archive import Archive
 
 
 class Reach(NamedTuple):
@@ -65,7 +65,7 @@ def storage_notes(source: ExampleSource, infos: Mapping[str, SiteInfo], edits: S
 def _archive_notes(archive: Archive, infos: Mapping[str, SiteInfo]) -> list[str]:
     archive.refuse_losses(infos, "a replay")
     notes = _rounding_notes(archive, infos)
-    if is_replay(archive):
+    if archive.plan.is_replay:
         notes.append(f"{archive.place} holds the results of a replay: its rows, edited there, count as unedited here")
     return notes
 

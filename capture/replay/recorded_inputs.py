@@ -21,7 +21,7 @@ from residua.store.base.naming import named
 from residua.store.examples.index import INPUT_PREFIX, OTHER_INPUTS, SOURCE_SHA256, has_no_tokens
 from residua.store.format.plan import STACK_RULE
 from residua.store.format.row_columns import HAS_IMAGES
-from residua.store.read.archive import Archive, is_replay
+from residua.store.read.archive import Archive
 
 _MOST_AXES = 2  # of an input of one example: its tokens, and few numbers of each
 _OWN = ("input_ids", "attention_mask", "inputs_embeds", "past_key_values", "labels", "use_cache", "return_dict")
@@ -68,7 +68,7 @@ class RecordedInputs:
         plan = self._archive.plan
         if STACK_RULE in plan.rules and SOURCE_SHA256 in table.column_types():
             return [[FRAMES] for _ in range(len(table))]
-        has_others = plan.rules.get("loop") == "user" or is_replay(self._archive) or self.has_images
+        has_others = plan.rules.get("loop") == "user" or plan.is_replay or self.has_images
         if not has_others or table.column_types().get(OTHER_INPUTS) != pa.list_(pa.string()):
             return []
         names: list[list[str] | None] = table.table([OTHER_INPUTS])[OTHER_INPUTS].to_pylist()

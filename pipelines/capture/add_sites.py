@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from residua.pipelines.capture.capture import capture_request
+from residua.pipelines.capture.captured_batches import refuse_replay
 from residua.pipelines.capture.dataset_job import CaptureRequest, DatasetSource
 from residua.pipelines.capture.result import CaptureResult
 from residua.pipelines.copies.join_sites import join_sites, place_beside, recover, refuse_other_rows
@@ -20,7 +21,7 @@ from residua.store.base.naming import named
 from residua.store.format.archive_metadata import ROOT
 from residua.store.format.commits import FOLDER
 from residua.store.format.plan import GROW_RULE, Plan
-from residua.store.read.archive import Archive, refuse_replay
+from residua.store.read.archive import Archive
 from residua.store.read.stacks import open_written
 from residua.store.storage.destination import BucketFolder, Destination, DiskFolder
 from residua.store.storage.place import try_result_place

@@ -1,4 +1,4 @@
-"""The batches of an archive that are captured in full: all of them, or a random sample."""
+"""The captured batches of an archive, to run again: all of them, or a random sample, and not those of a replay."""
 
 import numpy as np
 
@@ -41,3 +41,12 @@ def sample_batches(archive: Archive, n_batches: int, seed: int) -> list[Batch]:
         raise NotCapturedError(f"{archive.place} has no captured batch yet: run the capture first")
     chosen = np.random.default_rng(seed).permutation(len(batches))[:n_batches]
     return [batches[index] for index in sorted(chosen.tolist())]
+
+
+def refuse_replay(archive: Archive, job: str) -> None:
+    """Raise PlanError if the archive was captured during a replay, which `job` would compare with the plain model."""
+    if archive.plan.is_replay:
+        raise PlanError(
+            f"{archive.place} was captured during a replay: its rows are not what the model computes by itself, so "
+            f"{job} has nothing to compare them with. Its provenance says what to replay: residua info"
+        )

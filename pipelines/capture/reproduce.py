@@ -14,11 +14,11 @@ from residua.capture.replay.recorded_inputs import RecordedInputs
 from residua.capture.runtime.sharded import without_gradients
 from residua.capture.sites.names_to_modules import resolve_sites
 from residua.capture.taps.reading import reading
-from residua.pipelines.capture.captured_batches import sample_batches
+from residua.pipelines.capture.captured_batches import refuse_replay, sample_batches
 from residua.pipelines.setup.capture_settings import CaptureSettings
 from residua.pipelines.setup.models import captured_model, model_first
 from residua.store.base.errors import PlanError, few
-from residua.store.read.archive import Archive, refuse_replay
+from residua.store.read.archive import Archive
 from residua.store.read.stacks import open_archive
 
 

@@ -35,9 +35,9 @@ from residua.store.base.errors import PlanError
 from residua.store.examples.index import Example, dataset_entry
 from residua.store.examples.writer import ExampleWriter
 from residua.store.format.archive_metadata import notes_in
-from residua.store.format.plan import STACK_RULE, Plan
+from residua.store.format.plan import REPLAY_RULE, STACK_RULE, Plan
 from residua.store.format.writer import FilledShard
-from residua.store.read.archive import REPLAY_RULE, Archive
+from residua.store.read.archive import Archive
 from residua.store.read.stacks import open_source
 
 SOURCE_ARCHIVE = "source_archive"

@@ -28,14 +28,16 @@ from residua.store.base.naming import named
 from residua.store.encoding.codecs import DEFAULT_PRESET
 from residua.store.examples.index import Example, ExampleIndex, dataset_entry
 from residua.store.examples.writer import ExampleWriter
-from residua.store.format.plan import HOST_MEMORY_BYTES, Plan, host_buffer_bytes
+from residua.store.format.plan import HOST_MEMORY_BYTES, REPLAY_RULE, Plan, host_buffer_bytes
 from residua.store.format.sidecars import PARAMETERS_FILE
-from residua.store.read.archive import REPLAY_RULE, REPLAYED_EXAMPLE, Archive, is_replay
+from residua.store.read.archive import Archive
 from residua.store.storage.destination import Destination
 from residua.store.storage.files import write_file
 
 ARCHIVE = "acts.zarr"
 """The archive's name in the folder of a replay."""
+REPLAYED_EXAMPLE = "replayed_example"
+"""Column of the example table: the number of each example in the replayed archive."""
 
 
 class ReplayCapture(CaptureJob):
@@ -134,7 +136,7 @@ class ReplayCapture(CaptureJob):
             PlanError: The dataset has a column of its own with the name of the column of these numbers.
         """
         table = self._source.example_table
-        if REPLAYED_EXAMPLE in table.column_types() and not is_replay(self._source):
+        if REPLAYED_EXAMPLE in table.column_types() and not self._source.plan.is_replay:
             raise PlanError(
                 f"the examples of {self._source.place} have a column {REPLAYED_EXAMPLE!r} of their own, and the "
                 "archive of a replay keeps the number of each replayed example there: replay without capturing"

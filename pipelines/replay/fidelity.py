@@ -15,7 +15,7 @@ from residua.capture.identity.provenance import running_as_captured
 from residua.capture.replay.engine import Replayer
 from residua.capture.replay.metrics import token_divergences
 from residua.capture.replay.notes import is_rounded
-from residua.pipelines.capture.captured_batches import sample_batches
+from residua.pipelines.capture.captured_batches import refuse_replay, sample_batches
 from residua.pipelines.jobs.sharing import SharedWork
 from residua.pipelines.jobs.workers import working_together
 from residua.pipelines.setup.capture_settings import CaptureSettings
@@ -23,7 +23,7 @@ from residua.pipelines.setup.models import model_first, replayed_model
 from residua.store.base.errors import PlanError
 from residua.store.format.sidecars import Fidelity, SiteFidelity, write_fidelity
 from residua.store.format.site_names import parse_site
-from residua.store.read.archive import Archive, refuse_replay
+from residua.store.read.archive import Archive
 from residua.store.read.stacks import archives_of, main_archive, open_archive
 from residua.store.storage.destination import Destination
 from residua.store.storage.place import try_result_place

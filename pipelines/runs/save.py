@@ -22,8 +22,8 @@ from residua.store.edits.contents import contents_of
 from residua.store.edits.parser import is_reproducible
 from residua.store.examples.index import ExampleIndex
 from residua.store.examples.writer import ExampleWriter
-from residua.store.format.plan import Plan
-from residua.store.read.archive import REPLAY_RULE, Archive
+from residua.store.format.plan import REPLAY_RULE, Plan
+from residua.store.read.archive import Archive
 from residua.store.storage.destination import Destination
 from residua.store.storage.place import try_archive_place
 

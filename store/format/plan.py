@@ -50,6 +50,8 @@ STACK_RULE = "stack"
 REPACKED_RULE = "repacked"
 """Entry of a plan's `rules` of rows that were copied into larger shards: the `archive` that they are from, by its
 digest, and the `rows_per_shard` of the capture, which formed batches in its shards."""
+REPLAY_RULE = "replay"
+"""Entry of a plan's `rules` (digest of what was replayed), and of the provenance (its description)."""
 GROW_RULE = "grow"
 """Entry of a plan's `rules`: true if rows were captured while the dataset was read, so that its end was not known."""
 _OPTIONAL = "column_shards"  # field of a site that the JSON leaves out where it is 1
@@ -164,6 +166,11 @@ class Plan:
         """
         found = self.rules.get(REPACKED_RULE)
         return self.rows_per_shard if found is None else cast("dict[str, int]", found)["rows_per_shard"]
+
+    @property
+    def is_replay(self) -> bool:
+        """Whether the rows were captured during a replay: they follow from stored rows and edits."""
+        return REPLAY_RULE in self.rules
 
     @property
     def row_columns(self) -> dict[str, str]:

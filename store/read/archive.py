@@ -47,12 +47,6 @@ from residua.store.sealing.packed_index import INDEX, PackedIndex
 from residua.store.storage.address import is_remote, shown
 from residua.store.storage.destination import Destination, DiskFolder
 
-REPLAY_RULE = "replay"
-"""Entry of the plan's `rules` (digest of what was replayed) and of the provenance (its description)."""
-
-REPLAYED_EXAMPLE = "replayed_example"
-"""Column of the example table: the number of each example in the replayed archive."""
-
 _TOKENIZER = "tokenizer/tokenizer.json"
 
 if TYPE_CHECKING:
@@ -611,17 +605,3 @@ def _missing_rows(path: Path, progress: Progress, was_finished: bool, is_repeata
         f"{path} was finished and has lost shards since: {progress.shards:,} of {progress.total_shards:,} have a "
         f"record, and rows from {first:,} on have none: restore the files in commits/ from a copy{again}"
     )
-
-
-def is_replay(archive: Archive) -> bool:
-    """Return whether the archive was captured during a replay: its rows follow from stored rows and edits."""
-    return REPLAY_RULE in archive.plan.rules
-
-
-def refuse_replay(archive: Archive, job: str) -> None:
-    """Raise PlanError if the archive was captured during a replay, which `job` would compare with the plain model."""
-    if is_replay(archive):
-        raise PlanError(
-            f"{archive.place} was captured during a replay: its rows are not what the model computes by itself, so "
-            f"{job} has nothing to compare them with. Its provenance says what to replay: residua info"
-        )

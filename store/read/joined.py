@@ -18,7 +18,7 @@ from residua.store.examples.table import ExampleTable
 from residua.store.format.archive_metadata import notes_in
 from residua.store.format.commits import Commit
 from residua.store.format.sidecars import ATTENTION_FILE
-from residua.store.read.archive import Archive, Rows, is_replay
+from residua.store.read.archive import Archive, Rows
 from residua.store.read.array import ArchiveArray
 from residua.store.read.rows_in_shards import RowNumbers
 
@@ -58,7 +58,7 @@ class JoinedArchive(Archive):
         found: list[str] = []
         for archive in self.archives:
             found += notes_in(archive.provenance)
-            if is_replay(archive):
+            if archive.plan.is_replay:
                 own = [site for site, owner in self._owners.items() if owner is archive]
                 found.append(f"the rows of {few(own)} follow a replay: the provenance of {archive.place} says which")
         return {**self.archives[0].provenance, "joined": [one.place for one in self.archives], "notes": found}
