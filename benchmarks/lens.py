@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from residua.analysis.lens.lens import TunedLens
-from residua.analysis.lens.settings import LensSettings
+from residua.analysis.lens.lens_settings import LensSettings
 from residua.analysis.lens.train import LensTraining
 from residua.analysis.support.cluster import connect
 from residua.pipelines.capture.capture import capture_dataset

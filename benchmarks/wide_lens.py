@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from residua.analysis.lens.checkpoint import Translator
 from residua.analysis.lens.lens import TunedLens
+from residua.analysis.lens.lens_settings import LensSettings
 from residua.analysis.lens.lm_head import LMHead, load_lm_head
 from residua.analysis.lens.refine import refine
 from residua.analysis.lens.ridge import Ridge
 from residua.analysis.lens.rows import LensRows
-from residua.analysis.lens.settings import LensSettings
 from residua.analysis.lens.unembedding import Decoder
 from residua.analysis.support.cluster import connect
 from residua.store.examples.index import Example

@@ -8,7 +8,7 @@ from typing import Any, get_args, get_type_hints, is_typeddict
 import pytest
 
 import residua
-from residua.analysis.lens.settings import LensOptions, LensSettings
+from residua.analysis.lens.lens_settings import LensOptions, LensSettings
 from residua.analysis.loader.loader import Loader, LoaderOptions
 from residua.capture.replay.generation import _PROMPT_OPTIONS, GenerationOptions
 from residua.pipelines.circuits.sweep import SweepOptions, SweepSettings

@@ -26,9 +26,9 @@ from residua.analysis.lens.checkpoint import (
     write_checkpoint,
 )
 from residua.analysis.lens.evaluate import REPORT
+from residua.analysis.lens.lens_settings import LensOptions, LensSettings
 from residua.analysis.lens.lm_head import LMHead, load_lm_head
 from residua.analysis.lens.rows import layer_of
-from residua.analysis.lens.settings import LensOptions, LensSettings
 from residua.analysis.lens.train import LensTraining
 from residua.analysis.lens.unembedding import Decoder
 from residua.analysis.support.cluster import Cluster, or_inline
@@ -97,7 +97,7 @@ class TunedLens:
             cluster: Where to work, from `residua.analysis.connect`; by default in this process. Its
                 workers need the archive and `out` under the same paths.
             settings: The settings.
-            **options: Single settings by name, as in `residua.analysis.lens.settings.LensSettings`, for example
+            **options: Single settings by name, as in `residua.analysis.lens.lens_settings.LensSettings`, for example
                 ``rows=100_000``.
 
         Returns:

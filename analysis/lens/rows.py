@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from residua.analysis.lens.settings import LensSettings
+from residua.analysis.lens.lens_settings import LensSettings
 from residua.analysis.rows.blocks import blocks
 from residua.analysis.rows.columns import checked_examples
 from residua.analysis.rows.groups import example_groups

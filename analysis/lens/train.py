@@ -34,11 +34,11 @@ from residua.analysis.lens.checkpoint import (
     write_translators,
 )
 from residua.analysis.lens.evaluate import REFINED, RIDGE, Score, best_map, evaluate, report_table
+from residua.analysis.lens.lens_settings import LensSettings
 from residua.analysis.lens.lm_head import LMHead, load_lm_head
 from residua.analysis.lens.refine import refine, refine_bytes
 from residua.analysis.lens.ridge import Gram, Ridge, add_rows, fit_bytes, solve_ridge
 from residua.analysis.lens.rows import LensPoints, LensRows, lens_points
-from residua.analysis.lens.settings import LensSettings
 from residua.analysis.lens.unembedding import Decoder
 from residua.analysis.support.cluster import Cluster
 from residua.analysis.support.device import checked_device

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def add(commands: Any) -> None:
     """Add the commands."""
-    from residua.analysis.lens.settings import LensSettings
+    from residua.analysis.lens.lens_settings import LensSettings
 
     text = "train and show tuned lenses: what each layer would predict"
     parser = commands.add_parser("lens", help=text, description=f"{text[0].upper()}{text[1:]} (Belrose et al., 2023).")
@@ -46,7 +46,7 @@ def add(commands: Any) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     from residua.analysis.lens.lens import TunedLens
-    from residua.analysis.lens.settings import LensSettings
+    from residua.analysis.lens.lens_settings import LensSettings
     from residua.store.read.stacks import main_archive, open_archive
 
     given = {f.name: value for f in fields(LensSettings) if (value := getattr(options, f.name)) is not None}

@@ -11,8 +11,8 @@ import torch
 
 import residua
 from residua.analysis.lens.lens import TunedLens
+from residua.analysis.lens.lens_settings import LensSettings
 from residua.analysis.lens.rows import layer_of, lens_points
-from residua.analysis.lens.settings import LensSettings
 from residua.analysis.lens.train import LensTraining
 from residua.store.base.errors import AnalysisError, DamagedArchiveError
 from residua.store.read.archive import Archive

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from residua.analysis.lens.lens_settings import LensSettings
 from residua.analysis.lens.rows import LensRows
-from residua.analysis.lens.settings import LensSettings
 from residua.analysis.rows.held_out import held_out_groups
 from residua.pipelines.capture.capture import capture_dataset
 from residua.store.read.archive import Archive

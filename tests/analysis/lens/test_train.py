@@ -16,9 +16,9 @@ import torch
 
 from residua.analysis.lens import train
 from residua.analysis.lens.lens import TunedLens
+from residua.analysis.lens.lens_settings import LensSettings
 from residua.analysis.lens.ridge import fit_bytes
 from residua.analysis.lens.rows import LensRows
-from residua.analysis.lens.settings import LensSettings
 from residua.analysis.lens.train import LensTraining
 from residua.analysis.support.cluster import Cluster, connect
 from residua.store.base.errors import AnalysisError

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import pytest
 
-from residua.analysis.lens.settings import LensSettings
+from residua.analysis.lens.lens_settings import LensSettings
 from residua.pipelines.cli.main import _parser
 from residua.pipelines.setup.capture_settings import CaptureSettings
 
