@@ -11,7 +11,7 @@ import residua
 from residua.analysis.lens.lens_settings import LensOptions, LensSettings
 from residua.analysis.loader.loader import Loader, LoaderOptions
 from residua.capture.replay.generation import _PROMPT_OPTIONS, GenerationOptions
-from residua.pipelines.circuits.sweep import SweepOptions, SweepSettings
+from residua.pipelines.circuits.circuit_settings import SweepOptions, SweepSettings
 from residua.pipelines.data.dataset_settings import DatasetOptions, DatasetSettings
 from residua.pipelines.setup.capture_settings import CaptureOptions, CaptureSettings
 from residua.store.read.stacks import StackedArchive

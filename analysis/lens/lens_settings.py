@@ -1,52 +1,48 @@
 """The settings of training a lens, apart from the training, so that the command line can list them without torch."""
 
-from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from dataclasses import dataclass
+from typing import TypedDict
 
 from residua.store.base.errors import AnalysisError
-from residua.store.base.naming import named
+from residua.store.base.naming import named, setting
 
 _CANDIDATES = 8_192  # of either kind
-
-
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True, kw_only=True)
 class LensSettings:
     """How a tuned lens is trained. Each field is a flag of `residua lens train`."""
 
-    rows: int | None = _setting(None, "train on about this many rows, drawn from the full archive (default: all)")
-    skip_positions: int = _setting(1, "skip this many first positions of each example, where attention sinks are")
-    held_out: float = _setting(0.1, "share of the documents to hold out for the evaluation")
-    group: str | None = _setting(
+    rows: int | None = setting(None, "train on about this many rows, drawn from the full archive (default: all)")
+    skip_positions: int = setting(1, "skip this many first positions of each example, where attention sinks are")
+    held_out: float = setting(0.1, "share of the documents to hold out for the evaluation")
+    group: str | None = setting(
         None,
         "column whose equal values are held out together, besides documents and equal contents (source_index: "
         "documents alone; example: each example for itself; default: none)",
     )
-    held_out_rows: int = _setting(65_536, "evaluate on at most this many held-out rows")
-    refine: bool = _setting(
+    held_out_rows: int = setting(65_536, "evaluate on at most this many held-out rows")
+    refine: bool = setting(
         True, "refine the ridge solution on the KL divergence; without it, training is cheaper but less accurate"
     )
-    epochs: int = _setting(1, "number of times that the refinement uses each row")
-    batch_rows: int = _setting(128, "rows in one step of the refinement")
-    learning_rate: float = _setting(6e-3, "learning rate of Adam, in whitened coordinates; decays to 0 along a cosine")
-    candidates: int | None = _setting(
+    epochs: int = setting(1, "number of times that the refinement uses each row")
+    batch_rows: int = setting(128, "rows in one step of the refinement")
+    learning_rate: float = setting(6e-3, "learning rate of Adam, in whitened coordinates; decays to 0 along a cosine")
+    candidates: int | None = setting(
         None,
         "refine on twice this many tokens of the vocabulary in each step; 0: on all (default: 8,192 of a vocabulary of "
         "65,536 or more, else all)",
     )
-    together: int = _setting(8, "layers that one job refines in lockstep; they share the model's own distribution")
-    parts: int | None = _setting(
+    together: int = setting(8, "layers that one job refines in lockstep; they share the model's own distribution")
+    parts: int | None = setting(
         None,
         "divide the rows into this many parts, train a lens on each, and average the lenses (default: as many parts as "
         "there are workers per layer, with at least 100,000 rows each)",
     )
-    device: str | None = _setting(
+    device: str | None = setting(
         None, "device of each worker for sums, refinement and evaluation, for example cuda (default: the processor)"
     )
-    seed: int = _setting(0, "seed for the choice and order of rows, and for the held-out examples")
+    seed: int = setting(0, "seed for the choice and order of rows, and for the held-out examples")
 
     def __post_init__(self) -> None:
         at_least_1 = ("rows", "held_out_rows", "epochs", "batch_rows", "together", "parts")

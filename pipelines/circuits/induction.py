@@ -18,7 +18,8 @@ from residua.analysis.support.cluster import Cluster
 from residua.analysis.support.plots import heat_map
 from residua.pipelines.capture.capture import capture_dataset
 from residua.pipelines.capture.result import CaptureResult
-from residua.pipelines.circuits.repeats import RepeatSettings, repeated_tokens
+from residua.pipelines.circuits.circuit_settings import RepeatSettings
+from residua.pipelines.circuits.repeats import repeated_tokens
 from residua.pipelines.replay.result_folder import write_table
 from residua.pipelines.setup.capture_settings import CaptureSettings
 from residua.pipelines.setup.models import named_model

@@ -12,8 +12,9 @@ import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from residua.capture.patching.patcher import Patcher
+from residua.pipelines.circuits.circuit_settings import SweepOptions, SweepSettings
 from residua.pipelines.circuits.read_pairs import PairSource
-from residua.pipelines.circuits.sweep import SweepOptions, SweepSettings, sweep
+from residua.pipelines.circuits.sweep import sweep
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import named
 from residua.store.read.archive import Archive

@@ -1,46 +1,18 @@
 """Sequences of repeated random tokens, on which induction heads show (Olsson et al. 2022)."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from residua.pipelines.circuits.circuit_settings import RepeatSettings
 from residua.pipelines.data.tokenizer import special_ids
 from residua.pipelines.setup.models import token_limit
 from residua.store.base.errors import PlanError
-from residua.store.base.naming import named
 
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "unk_token_id")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RepeatSettings:
-    """How to make the sequences.
-
-    Attributes:
-        period: Number of tokens of a block.
-        copies: How often the block is repeated.
-        n_examples: Number of sequences.
-        bos: Whether a sequence starts with a BOS token; None: if the model has one.
-        seed: Seed of the random tokens.
-
-    Raises:
-        PlanError: A number is too small.
-    """
-
-    period: int = 50
-    copies: int = 2
-    n_examples: int = 64
-    bos: bool | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("period", 2), ("copies", 2), ("n_examples", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise PlanError(f"{named(name, getattr(self, name))}: it must be at least {least}")
 
 
 def repeated_tokens(

@@ -1,10 +1,10 @@
 """The job behind `patch` and `attribute`: a grid of sites, positions and heads for every pair, a table, a heat map."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +14,7 @@ from residua.analysis.support.plots import heat_map
 from residua.capture.patching.pair import Pair, PairMetric, pair_metric
 from residua.capture.patching.patcher import Cell, PatchedPair, Patcher
 from residua.capture.runtime.wrappers import evaluating, running_uncompiled
+from residua.pipelines.circuits.circuit_settings import SweepSettings
 from residua.pipelines.circuits.read_pairs import PairSource, read_pairs
 from residua.pipelines.jobs.sharing import SharedWork
 from residua.pipelines.jobs.workers import working_together
@@ -21,7 +22,6 @@ from residua.pipelines.replay.result_folder import write_table
 from residua.pipelines.setup.capture_settings import CaptureSettings
 from residua.pipelines.setup.models import named_model
 from residua.store.base.canonical import digest_of
-from residua.store.base.errors import PlanError
 from residua.store.read.archive import Archive
 from residua.store.read.stacks import open_archive
 from residua.store.storage.place import try_result_place
@@ -30,69 +30,6 @@ TABLE, PICTURE = "cells.parquet", "cells.png"
 
 Measure = Callable[[Patcher, Pair, list[Cell], PairMetric], PatchedPair]
 """Measures the cells of a pair, by patching or by its estimate."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepSettings:
-    """The grid of a sweep, and where the model runs.
-
-    Attributes:
-        sites: Names or patterns of sites, the rows of the grid.
-        positions: Positions, its columns, negative ones from the end; every one by itself unless given. ``together``
-            patches all of them at once.
-        heads: Whether each head is a cell of its own, at z, q, k and v.
-        metric: The metric after the last position: ``logit_difference`` (answer minus wrong), ``loss`` (of the
-            answer), ``probability`` (of the answer) or ``kl`` (from the clean run).
-        device: Device of the model, if it is loaded here.
-        tp: Number of processes of tensor parallelism, if it is loaded here.
-        pp: Number of pipeline stages, if it is loaded here.
-
-    Raises:
-        PlanError: There is no such metric, or `positions` is another word.
-    """
-
-    sites: str | Collection[str] = "resid_post.*"
-    positions: Sequence[int] | Literal["together"] | None = None
-    heads: bool = False
-    metric: str = "logit_difference"
-    device: str = "auto"
-    tp: int = 1
-    pp: int = 1
-
-    def __post_init__(self) -> None:
-        pair_metric(self.metric)
-        if isinstance(self.positions, str) and self.positions != "together":
-            raise PlanError(f"positions is {self.positions!r}: give numbers, or together for all of them at once")
-
-    def positions_of(self, pair: Pair, number: int) -> Sequence[int | None]:
-        """Return the positions of one pair; None stands for all of them together.
-
-        Raises:
-            PlanError: The pair has no such position.
-        """
-        length = len(pair.clean)
-        if isinstance(self.positions, str):
-            return [None]
-        if self.positions is None:
-            return list(range(length))
-        wrong = [position for position in self.positions if not -length <= position < length]
-        if wrong or not self.positions:
-            raise PlanError(
-                f"pair {number} has {length} tokens: there is no position {wrong[0] if wrong else 'chosen'}"
-            )
-        return sorted({position % length for position in self.positions})
-
-
-class SweepOptions(TypedDict, total=False):
-    """The fields of `SweepSettings`, as named arguments of `residua.patch` and `residua.attribute`."""
-
-    sites: str | Collection[str]
-    positions: Sequence[int] | Literal["together"] | None
-    heads: bool
-    metric: str
-    device: str
-    tp: int
-    pp: int
 
 
 def sweep(
@@ -122,7 +59,11 @@ def sweep(
         out: Folder for the table and the heat map, or its address in a bucket, if they are to be written.
         storage_options: For addresses, as for `residua.open`.
         on_pair: Called with the numbers of finished pairs and of all pairs.
+
+    Raises:
+        PlanError: There is no such metric.
     """
+    metric = pair_metric(asked.metric)
     place = None if out is None else try_result_place(out, storage_options, locks=True).out
     opened = None if archive is None else open_archive(archive, storage_options=storage_options)
     settings = CaptureSettings(device=asked.device, tp=asked.tp, pp=asked.pp)
@@ -138,7 +79,7 @@ def sweep(
         shared.agree_on({"pairs": content, "sites": patcher.sites, "metric": asked.metric, "way": title})
 
         def find(index: int) -> dict[str, Any]:
-            return asdict(measure(patcher, pairs[index], cells[index], pair_metric(asked.metric)))
+            return asdict(measure(patcher, pairs[index], cells[index], metric))
 
         def write(found: list[Mapping[str, Any]]) -> None:
             if place is not None:

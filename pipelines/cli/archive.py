@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from residua.pipelines.cli.options import (
     MODEL_HELP,
-    SITES_HELP,
     WHERE_HELP,
     add_archive,
     add_cluster_flags,
@@ -27,6 +26,7 @@ from residua.pipelines.cli.options import (
 )
 from residua.pipelines.cli.progress import StepProgress
 from residua.pipelines.cli.report import human_bytes, print_json, print_nonfinite, printable, table
+from residua.pipelines.setup.capture_settings import SITES_HELP
 from residua.store.base.errors import PlanError
 from residua.store.storage.address import is_remote
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from residua.pipelines.cli.archive import compression
-from residua.pipelines.cli.options import MODEL_HELP, add_command, add_settings, is_first_process, shows_progress
+from residua.pipelines.cli.options import MODEL_HELP, add_command, add_settings, given, is_first_process, shows_progress
 from residua.pipelines.cli.progress import CaptureProgress
 from residua.pipelines.cli.report import human_bytes, print_json, print_nonfinite, table
 from residua.pipelines.jobs.stopping import stopping_in_time
@@ -51,7 +51,7 @@ def _capture(options: argparse.Namespace) -> int:
         values = read_config(Path(options.config)) if options.config else {}
         values = {key.replace("-", "_"): value for key, value in values.items()}
         names = ("model", "dataset", "out", *(setting.name for setting in fields(CaptureSettings)))
-        values.update({name: value for name in names if (value := getattr(options, name)) is not None})
+        values.update(given(options, names))
         missing = [name for name in ("model", "dataset", "out") if not isinstance(values.get(name), str)]
         if missing:
             raise PlanError(f"capture needs --{' and --'.join(missing)}")

@@ -17,6 +17,7 @@ from residua.pipelines.cli.options import (
     add_settings,
     cluster_of,
     default_folder,
+    given,
     is_first_process,
     shows_progress,
 )
@@ -40,6 +41,7 @@ def add(commands: Any) -> None:
 
 
 def _add_induction(commands: Any) -> None:
+    from residua.pipelines.circuits.circuit_settings import RepeatSettings
     from residua.pipelines.setup.capture_settings import CaptureSettings
 
     text = "score every attention head on repeated random tokens"
@@ -55,22 +57,16 @@ def _add_induction(commands: Any) -> None:
     )
     text = "what to capture: queries and keys, which are smaller, or attention patterns"
     add_flag(parser, "--from", text, "qk", dest="captured_from", choices=("qk", "pattern"), metavar=None)
-    add_flag(parser, "--period", "tokens of the block that is repeated", 50)
-    add_flag(parser, "--copies", "copies of the block in a sequence", 2)
-    add_flag(parser, "--examples", "number of sequences", 64)
-    add_flag(parser, "--seed", "seed of the random tokens", 0)
-    text = "put a BOS before each sequence (default: on if the model has a BOS)"
-    parser.add_argument("--bos", action=argparse.BooleanOptionalAction, help=text)
+    add_settings(parser, fields(RepeatSettings))
     add_settings(parser, [setting for setting in fields(CaptureSettings) if setting.name in _CAPTURE])
     add_cluster_flags(parser)
 
 
 def _induction(options: argparse.Namespace) -> int:
+    from residua.pipelines.circuits.circuit_settings import RepeatSettings
     from residua.pipelines.circuits.induction import capture_repeats, heads_place, score_repeats
-    from residua.pipelines.circuits.repeats import RepeatSettings
     from residua.pipelines.setup.capture_settings import CaptureSettings
 
-    given = {name: value for name in _CAPTURE if (value := getattr(options, name)) is not None}
     is_first = is_first_process()
     if is_first:
         heads_place(options.out)
@@ -78,15 +74,9 @@ def _induction(options: argparse.Namespace) -> int:
         archive = capture_repeats(
             options.model,
             out=options.out,
-            repeats=RepeatSettings(
-                period=options.period,
-                copies=options.copies,
-                n_examples=options.examples,
-                bos=options.bos,
-                seed=options.seed,
-            ),
+            repeats=RepeatSettings(**given(options, (setting.name for setting in fields(RepeatSettings)))),
             captured_from=options.captured_from,
-            settings=CaptureSettings.from_mapping(given),
+            settings=CaptureSettings.from_mapping(given(options, _CAPTURE)),
             command=options.command_line,
             on_example=progress.example,
             on_plan=progress.plan,

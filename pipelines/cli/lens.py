@@ -11,6 +11,7 @@ from residua.pipelines.cli.options import (
     add_command,
     add_settings,
     cluster_of,
+    given,
 )
 from residua.pipelines.cli.report import print_json
 from residua.store.base.errors import AnalysisError
@@ -49,8 +50,7 @@ def _train(options: argparse.Namespace) -> int:
     from residua.analysis.lens.lens_settings import LensSettings
     from residua.store.read.stacks import main_archive, open_archive
 
-    given = {f.name: value for f in fields(LensSettings) if (value := getattr(options, f.name)) is not None}
-    settings = LensSettings(**given)
+    settings = LensSettings(**given(options, (setting.name for setting in fields(LensSettings))))
     sites = None if options.sites is None else [site.strip() for site in options.sites.split(",")]
     archive = main_archive(open_archive(options.archive))  # of several stacks that of the logits
     with cluster_of(options, archive, options.sites, passes=MANY_PASSES) as cluster:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from residua.pipelines.cli.progress import StepProgress
+from residua.pipelines.setup.capture_settings import DEVICE_HELP, PP_HELP, TP_HELP
 from residua.store.base.errors import PlanError
 from residua.store.base.naming import flag_of
 from residua.store.selection.grammar import is_number_or_range, parse_numbers
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 Found = TypeVar("Found")
 Run = Callable[[argparse.Namespace], int]
-SITES_HELP = "sites, comma separated, with patterns: 'resid_post.*,attn_out.3'"
 WHERE_HELP = "use only rows that meet this condition, for example 'position > 0' (default: all rows)"
 MODEL_HELP = "hub id or folder of the model"
 CAPTURED_MODEL_HELP = "hub id or folder of the model that was captured"
@@ -33,6 +33,7 @@ CAPTURED_MODEL_HELP = "hub id or folder of the model that was captured"
 MANY_PASSES = 16  # what probes, lenses and scores of heads do, in passes over their rows
 _SMALL_BYTES = 64 * 2**20  # that an analysis reads in a few seconds; starting workers takes about ten
 _TOKEN = re.compile(r'\s*("(?:[^"\\]|\\.)*")\s*,|([^,]*),')  # a JSON string, or anything without a comma
+_KINDS = {float: "float", str: "str|Literal", int: "int"}  # of a flag, by the type of its field
 _FLAG, _NEGATIVE = re.compile(r"--[^=]+"), re.compile(r"-\d")
 
 
@@ -82,13 +83,21 @@ def add_settings(parser: argparse._ActionsContainer, settings: Iterable[Field[An
     A flag that is not given is None, so that a settings file or the class's own default applies.
     """
     for setting in settings:
-        flag, text, default = flag_of(setting.name), setting.metadata["help"], setting.default
-        if "bool" in str(setting.type):
+        name, text, default, values = setting.name, setting.metadata["help"], setting.default, str(setting.type)
+        if "bool" in values:
             text += "" if default is None else f" (default: {'on' if default else 'off'})"
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+            parser.add_argument(
+                flag_of(name), action=argparse.BooleanOptionalAction, default=None, help=text, dest=name
+            )
         else:
-            kind = next(kind for kind in (float, str, int) if kind.__name__ in str(setting.type))
-            add_flag(parser, flag, text if default is None else f"{text} (default: {default})", kind=kind)
+            kind = next(kind for kind, words in _KINDS.items() if re.search(words, values))
+            text += "" if default is None else f" (default: {default})"
+            add_flag(parser, flag_of(name), text, kind=kind, dest=name)
+
+
+def given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Return the settings among `names` whose flags were given, with their values."""
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
 def add_archive(parser: argparse.ArgumentParser) -> None:
@@ -112,7 +121,7 @@ def add_results(parser: argparse.ArgumentParser, what: str, default: str | None)
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add the flag for the device of the model."""
-    add_flag(parser, "--device", "device of the model: auto (CUDA if there is one), cpu, cuda, cuda:1, ...", "auto")
+    add_flag(parser, "--device", DEVICE_HELP, "auto")
 
 
 def add_sample_flags(parser: argparse.ArgumentParser, *, batches: int) -> None:
@@ -150,8 +159,8 @@ def run_sample(options: argparse.Namespace, job: Callable[..., Found], *, shown:
 
 def add_parallel_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that split a model over processes that were launched together."""
-    add_flag(parser, "--tp", "processes to split each layer over, by transformers' tensor-parallel plan", 1)
-    add_flag(parser, "--pp", "pipeline stages to split the layers into, each of --tp processes", 1)
+    add_flag(parser, "--tp", TP_HELP, 1)
+    add_flag(parser, "--pp", PP_HELP, 1)
 
 
 def is_first_process() -> bool:

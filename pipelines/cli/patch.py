@@ -1,18 +1,17 @@
 """The commands `patch` and `attribute`: which sites and positions carry a behaviour."""
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from residua.pipelines.cli.options import (
     MODEL_HELP,
-    SITES_HELP,
     add_command,
-    add_device,
     add_flag,
-    add_parallel_flags,
     add_results,
-    add_switch,
+    add_settings,
+    given,
     is_first_process,
     shows_progress,
 )
@@ -26,6 +25,8 @@ _SHOWN = 10
 
 def add(commands: Any) -> None:
     """Add the commands."""
+    from residua.pipelines.circuits.circuit_settings import SweepSettings
+
     text = "put clean activations into a corrupted run, site by site"
     description = (
         "Activation patching: for each pair of a clean and a corrupted prompt, put the clean run's activation at one "
@@ -45,18 +46,8 @@ def add(commands: Any) -> None:
         add_flag(parser, "--pairs", text, required=True, metavar="FILE")
         text = "archive with the examples, or its address, if pairs name prompts by example number (default: none)"
         add_flag(parser, "--archive", text, metavar="FOLDER")
-        add_flag(parser, "--sites", SITES_HELP, "resid_post.*")
-        text = (
-            "positions to patch, such as 0-9,-1 (negative ones count from the end), or 'together' for all at once "
-            "(default: each position by itself)"
-        )
-        add_flag(parser, "--positions", text)
-        add_switch(parser, "--heads", "patch each head by itself, at the sites z, q, k and v")
-        text = "what is measured: logit_difference, loss, probability or kl"
-        add_flag(parser, "--metric", text, "logit_difference")
         add_results(parser, "the table and the picture", folder)
-        add_device(parser)
-        add_parallel_flags(parser)
+        add_settings(parser, fields(SweepSettings))
 
 
 def _patch(options: argparse.Namespace) -> int:
@@ -72,24 +63,23 @@ def _attribute(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace, way: Any, word: str, **more: int) -> int:
+    from residua.pipelines.circuits.circuit_settings import SweepSettings
     from residua.pipelines.circuits.sweep import PICTURE, TABLE
 
     folder = options.folder or f"{Path(options.pairs).stem}-{word}"
+    asked = given(options, (setting.name for setting in fields(SweepSettings)))
+    if asked.get("positions", "together") != "together":
+        asked["positions"] = parse_numbers(options.positions, "--positions", signed=True)
+    settings = SweepSettings(**asked)
     is_first = is_first_process()
     with stopping_in_time(), StepProgress("pair", shown=is_first and shows_progress(options)) as progress:
         found = way(
             options.model,
             options.pairs,
-            sites=options.sites,
-            positions=_positions(options.positions),
-            heads=options.heads,
-            metric=options.metric,
             archive=options.archive,
             out=folder,
-            device=options.device,
-            tp=options.tp,
-            pp=options.pp,
             on_pair=progress.step,
+            **asked,
             **more,
         )
     if not is_first:
@@ -99,7 +89,7 @@ def _run(options: argparse.Namespace, way: Any, word: str, **more: int) -> int:
     if options.json:
         print_json({"folder": folder, "n_cells": found.num_rows, "largest": lines})
         return 0
-    where = ["position", *(["head"] if options.heads else []), "pair"]
+    where = ["position", *(["head"] if settings.heads else []), "pair"]
     cells = [
         (
             line["site"],
@@ -110,12 +100,6 @@ def _run(options: argparse.Namespace, way: Any, word: str, **more: int) -> int:
         for line in lines
     ]
     print(f"the {len(cells)} largest of {found.num_rows:,} cells:")
-    print(table([("site", *where, options.metric, "recovered"), *cells], tuple(range(1, len(where) + 3))))
+    print(table([("site", *where, settings.metric, "recovered"), *cells], tuple(range(1, len(where) + 3))))
     print(f"files     {folder}: {TABLE}, {PICTURE}")
     return 0
-
-
-def _positions(text: str | None) -> Any:
-    if text in (None, "together"):
-        return text
-    return parse_numbers(text, "--positions", signed=True)

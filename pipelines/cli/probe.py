@@ -6,7 +6,6 @@ from typing import Any
 
 from residua.pipelines.cli.options import (
     MANY_PASSES,
-    SITES_HELP,
     WHERE_HELP,
     add_archive,
     add_cluster_flags,
@@ -18,6 +17,7 @@ from residua.pipelines.cli.options import (
     default_folder,
 )
 from residua.pipelines.cli.report import print_json, table
+from residua.pipelines.setup.capture_settings import SITES_HELP
 from residua.store.base.errors import few
 
 _SHOWN = {

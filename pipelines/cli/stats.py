@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from residua.pipelines.cli.options import (
-    SITES_HELP,
     WHERE_HELP,
     add_archive,
     add_cluster_flags,
@@ -16,6 +15,7 @@ from residua.pipelines.cli.options import (
     default_folder,
 )
 from residua.pipelines.cli.report import print_json, table
+from residua.pipelines.setup.capture_settings import SITES_HELP
 from residua.store.base.errors import few
 
 if TYPE_CHECKING:

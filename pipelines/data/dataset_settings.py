@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from math import inf
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 
 from residua.store.base.canonical import Json
 from residua.store.base.errors import DatasetError
-from residua.store.base.naming import named
+from residua.store.base.naming import named, setting
 from residua.store.base.untrusted import parse_json
 from residua.store.selection.positions import PositionRule, parse_positions
 
@@ -36,11 +36,6 @@ _NOT_OF_THE_TEMPLATE = frozenset(
     )
 )
 _OWN_SETTING = ("add_generation_prompt", "chat_template", "tools")
-
-
-def setting(default: Any, text: str) -> Any:
-    """Return a dataclass field with `text` as its help on the command line, which adds a default other than None."""
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True, kw_only=True)

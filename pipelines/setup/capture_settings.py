@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any, Self
 
 from residua.capture.hooks.site import FLOATS, check_storage
-from residua.pipelines.data.dataset_settings import DatasetOptions, DatasetSettings, setting
+from residua.pipelines.data.dataset_settings import DatasetOptions, DatasetSettings
 from residua.store.base.errors import PlanError
-from residua.store.base.naming import named
+from residua.store.base.naming import named, setting
 from residua.store.base.sizes import Size, n_bytes
 from residua.store.base.untrusted import parse_yaml
 from residua.store.encoding.codecs import DEFAULT_PRESET, PRESETS
+
+SITES_HELP = "sites, comma separated, with patterns: 'resid_post.*,attn_out.3'"
+DEVICE_HELP = "device of the model: auto (CUDA if there is one), cpu, cuda, cuda:1, ..."
+TP_HELP = "processes to split each layer over, by transformers' tensor-parallel plan"
+PP_HELP = "pipeline stages to split the layers into, each of --tp processes"
 
 _MAX_CONFIG_BYTES = 64 * 1024
 _MOST_BITS = 63
@@ -36,9 +41,7 @@ class CaptureSettings(DatasetSettings):
         DatasetError: The same of a setting of the dataset.
     """
 
-    sites: str | Sequence[str] = setting(
-        "resid_post.*", "sites, comma separated, with patterns: 'resid_post.*,attn_out.3'"
-    )
+    sites: str | Sequence[str] = setting("resid_post.*", SITES_HELP)
     dtype: str | None = setting(
         None, f"data type to store: {', '.join(FLOATS)} (default: each site's own, as the model computes it)"
     )
@@ -59,12 +62,12 @@ class CaptureSettings(DatasetSettings):
     )
     revision: str | None = setting(None, "revision of the model on the hub (default: main)")
     seed: int = setting(0, "seed for everything random in the model, and for sampling with --generate")
-    device: str = setting("auto", "device of the model: auto (CUDA if there is one), cpu, cuda, cuda:1, ...")
+    device: str = setting("auto", DEVICE_HELP)
     device_map: str | None = setting(
         None, "spread one model over the devices of this process: auto, balanced, sequential (default: one device)"
     )
-    tp: int = setting(1, "processes to split each layer over, by transformers' tensor-parallel plan")
-    pp: int = setting(1, "pipeline stages to split the layers into, each of --tp processes")
+    tp: int = setting(1, TP_HELP)
+    pp: int = setting(1, PP_HELP)
     host_memory: int | str = setting("4GiB", "host memory for buffered rows, such as 2GB or 4GiB; a number is bytes")
     threads: int | None = setting(
         None, "threads that encode and write (default: 1 on a CPU, up to 4 if the model is on a GPU)"

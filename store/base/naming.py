@@ -1,4 +1,4 @@
-"""How a message names a setting: as the caller gave it, a flag on the command line or an argument in Python.
+"""How a setting is declared, and how a message names it: as a flag on the command line, as an argument in Python.
 
 A message calls `named` where it speaks of a setting. The command line says once that settings are flags there.
 """
@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import field
+from typing import Any
 
 from residua.store.base.errors import shortened
 
@@ -16,6 +18,11 @@ _PLAIN = re.compile(r"[\w.,:/*@+-]+")  # text that a shell takes as it is
 _MOST = 200  # characters of a value: a path is shown whole
 _NO_VALUE = object()
 _as_flags: ContextVar[bool] = ContextVar("_as_flags", default=False)
+
+
+def setting(default: Any, text: str) -> Any:
+    """Return a dataclass field with `text` as its help on the command line, which adds a default other than None."""
+    return field(default=default, metadata={"help": text})
 
 
 def flag_of(name: str) -> str:

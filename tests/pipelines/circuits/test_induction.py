@@ -10,8 +10,9 @@ import pytest
 from transformers import AutoTokenizer
 
 import residua
+from residua.pipelines.circuits.circuit_settings import RepeatSettings
 from residua.pipelines.circuits.induction import capture_repeats, score_repeats
-from residua.pipelines.circuits.repeats import RepeatSettings, plain_ids, repeated_tokens
+from residua.pipelines.circuits.repeats import plain_ids, repeated_tokens
 from residua.pipelines.cli.main import main
 from residua.store.base.errors import PlanError
 from tests.models.tiny import LAYERS, TINY

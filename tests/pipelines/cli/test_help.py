@@ -4,15 +4,23 @@ import argparse
 import re
 from collections.abc import Iterator
 from dataclasses import fields
+from typing import Any
 
 import pytest
 
 from residua.analysis.lens.lens_settings import LensSettings
+from residua.pipelines.circuits.circuit_settings import RepeatSettings, SweepSettings
 from residua.pipelines.cli.main import _parser
 from residua.pipelines.setup.capture_settings import CaptureSettings
 
-OF_SETTINGS = {"capture": CaptureSettings, "induction": CaptureSettings, "lens train": LensSettings}
-"""Commands with flags whose default is that of a class of settings; the flags themselves are None."""
+OF_SETTINGS: dict[str, list[type[Any]]] = {
+    "capture": [CaptureSettings],
+    "induction": [CaptureSettings, RepeatSettings],
+    "lens train": [LensSettings],
+    "patch": [SweepSettings],
+    "attribute": [SweepSettings],
+}
+"""Commands with flags whose default is that of one or more classes of settings; the flags themselves are None."""
 
 
 def commands(parser: argparse.ArgumentParser, name: str = "") -> Iterator[tuple[str, argparse.ArgumentParser]]:
@@ -62,8 +70,7 @@ def test_every_flag_states_its_default(command: str) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_stated_default_is_the_real_one(command: str) -> None:
-    settings = OF_SETTINGS.get(command)
-    of_class = {field.name: field.default for field in fields(settings)} if settings else {}
+    of_class = {field.name: field.default for settings in OF_SETTINGS.get(command, []) for field in fields(settings)}
     for flag, action in flags(command).items():
         real = of_class.get(action.dest) if action.default is None else action.default
         said = stated(str(action.help))

@@ -8,8 +8,8 @@ import pytest
 from transformers import PreTrainedModel
 
 import residua
+from residua.pipelines.circuits.circuit_settings import RepeatSettings
 from residua.pipelines.circuits.induction import capture_repeats, score_repeats
-from residua.pipelines.circuits.repeats import RepeatSettings
 from residua.store.base.errors import PlanError
 from residua.store.read.archive import Archive
 from residua.store.read.summary import summarise
