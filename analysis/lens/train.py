@@ -52,10 +52,8 @@ from residua.store.storage.files import sweep, write_file
 
 _SUM_CHUNKS = 512  # fewest chunks of 128 rows in one leaf of the sums
 _MOST_LEAVES = 256  # of the sums: what a leaf returns is large
-_SUMS_SHARE = 16  # of a worker's memory, for the sums of one leaf
 _LEAST_ROOM = 4 / 3  # times what one layer and the LM head take: rows, blocks of the LM head, and torch itself
 _EVALUATE_ROWS = 8192  # rows in one job of the evaluation
-_ORIGIN_CHUNKS = 8
 _PENALTY_ROWS = 4096  # held-out rows that choose the penalty of the ridge regression
 _WORK, _RUN_FILE = "work", "run.json"
 
@@ -183,6 +181,8 @@ class LensTraining:
         cluster: Where the jobs run.
         rows_per_part: Fewest rows in one part when the number of parts is not set. With two parts of 68,000 rows the KL
             divergence was 0.4 % higher on the shipped model, with four of 34,000 rows 1.5 %.
+        sums_share: One in how many bytes of a worker's memory the sums of one leaf may take.
+        origin_chunks: From how many chunks the origin of the sums is estimated; 0: it is zero.
 
     Raises:
         AnalysisError: The archive lacks what is needed, or the folder holds a lens of other settings.
@@ -198,9 +198,12 @@ class LensTraining:
         settings: LensSettings,
         cluster: Cluster,
         rows_per_part: int = 100_000,
+        sums_share: int = 16,
+        origin_chunks: int = 8,
     ) -> None:
         self._archive = opened(location(archive))
         self._cluster = cluster
+        self._sums_share, self._origin_chunks = sums_share, origin_chunks
         self._out = out.absolute()
         self._work = self._out / _WORK
         self._points = lens_points(archive, sites)
@@ -319,7 +322,7 @@ class LensTraining:
     def _sum(self, layers: list[int]) -> None:
         """Write the sums of `layers`, for as many layers or columns at a time as fit into memory."""
         left = [layer for layer in layers if not self._training.sums_path(layer).is_file()]
-        width, room = self._points.width, max(1, self._cluster.memory_limit // _SUMS_SHARE)
+        width, room = self._points.width, max(1, self._cluster.memory_limit // self._sums_share)
         n_layers = max(1, room // (2 * 8 * width**2))
         n_columns = width if n_layers > 1 else max(1, min(width, room // (2 * 8 * width)))
         n_chunks = len(self._reader.chunks())
@@ -343,7 +346,7 @@ class LensTraining:
                 write_tensors(self._training.sums_path(layer), total._asdict())
 
     def _origin(self, site: str) -> Tensor:
-        rows = self._reader.training_rows(self._reader.chunks()[:_ORIGIN_CHUNKS])
+        rows = self._reader.training_rows(self._reader.chunks()[: self._origin_chunks])
         return self._reader.read(site, rows).double().mean(0) if len(rows) else torch.zeros(self._points.width)
 
     def _fit(self, layers: list[int]) -> None:

@@ -182,6 +182,32 @@ def trial(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def run_on_few(model: nn.Module, arguments: Mapping[str, object], what: str) -> Tensor | None:
+    """Run a model in a trial, to measure its sites.
+
+    Args:
+        model: The model.
+        arguments: Those of its forward.
+        what: What they are, for the message.
+
+    Returns:
+        Its logits or last hidden state; None if it gives neither.
+
+    Raises:
+        CaptureError: The model raised something.
+    """
+    with trial(model):
+        try:
+            output = model(**arguments)
+        except Exception as error:  # the boundary to the user's model, which may raise anything
+            raise CaptureError(
+                f"{type(core_of(model)).__name__} was run on {what} to measure its sites, and raised "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    found = getattr(output, "logits", getattr(output, "last_hidden_state", None))
+    return found if isinstance(found, Tensor) else None
+
+
 def is_probing() -> bool:
     """Return whether this thread runs a model on tokens that are not the user's."""
     return bool(getattr(_probes, "active", False))

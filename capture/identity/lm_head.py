@@ -173,7 +173,7 @@ def _packed(modules: Mapping[str, nn.Module]) -> str:
     for part, module in modules.items():
         if layer_inside(module) is not module:
             return f"its {part} has an adapter"
-        weight = module._parameters.get("weight") if part != "norm" else None
+        weight = dict(module.named_parameters(recurse=False)).get("weight") if part != "norm" else None
         if part != "norm" and (weight is None or not weight.is_floating_point() or _has_more(module)):
             return f"its {part} is a {type(module).__name__}, whose weights are packed"
     return ""

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from residua.capture.identity.fingerprint import WeightsSeen
-from residua.capture.runtime.compat import forward_hooks_of
+from residua.capture.runtime.compat import ADAPTER_STATE, forward_hooks_of
 from residua.capture.runtime.sharded import plain_class
 from residua.capture.runtime.wrappers import core_of, named_modules
 from residua.store.base.canonical import Json, digest_of
@@ -26,12 +26,7 @@ HOOKS = "hooks"
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "fairscale", "peft", "residua", "bitsandbytes")
 _ADAPTED_LAYERS = ("BaseTunerLayer", "AuxiliaryTrainingWrapper")  # PEFT's: with adapters, or trained as a whole
-_ADAPTER = {
-    "active adapters": "_active_adapter",
-    "adapters disabled": "_disable_adapters",
-    "merged adapters": "merged_adapters",
-    "scaling": "scaling",
-}
+_ADAPTER = {**ADAPTER_STATE, "merged adapters": "merged_adapters", "scaling": "scaling"}
 # Attributes that a model changes by itself, or that number its modules.
 _NOT_SETTINGS = frozenset(
     (

@@ -17,7 +17,7 @@ from transformers import GenerationMixin
 
 from residua.capture.recording.arguments import Bools, Ids
 from residua.capture.replay.generation import runs_alone, runs_other_tokens
-from residua.capture.runtime.compat import merged_generation_config
+from residua.capture.runtime.compat import has_state_without_length, merged_generation_config
 from residua.capture.runtime.instance_attributes import instance_attribute
 from residua.capture.runtime.wrappers import core_of
 from residua.store.base.errors import CaptureError
@@ -151,7 +151,7 @@ def _model_problem(core: Any) -> str:
     name = type(core).__name__
     if not isinstance(core, GenerationMixin):
         return f"{name} has a generate of its own, whose passes are not known"
-    if getattr(core, "_is_stateful", False):
+    if has_state_without_length(core):
         return f"{name} keeps a state that does not say how many positions it holds"
     return ""
 

@@ -1,4 +1,4 @@
-"""Every private name of torch, transformers, accelerate and bitsandbytes that the project uses.
+"""Every private name of torch, transformers, accelerate, PEFT and bitsandbytes that the project uses.
 
 A private name may change in any release, so it is used here once, in a function or a constant whose
 docstring says what it is and which public name is missing. `tests/capture/runtime/test_compat.py` has one test for each
@@ -213,6 +213,22 @@ def forward_hooks_of(module: nn.Module) -> list[Any]:
 def version_of(tensor: Tensor) -> int:
     """Return how often a tensor was changed in place; torch has no public name for its counter."""
     return tensor._version
+
+
+PLAIN_CALL = ("__call__", "_encode_plus", "_batch_encode_plus", "set_truncation_and_padding")
+"""The methods in which `transformers.TokenizersBackend` turns texts into ids; the middle two, of which a version of
+transformers has one or both, have no public name."""
+
+ADAPTER_STATE = {"active adapters": "_active_adapter", "adapters disabled": "_disable_adapters"}
+"""The attributes of a layer with adapters, of either kind that PEFT has, that say which are on."""
+
+
+def has_state_without_length(model: nn.Module) -> bool:
+    """Return whether a model keeps a state, such as Mamba's, that does not say how many positions it holds.
+
+    transformers has no public attribute for it.
+    """
+    return bool(getattr(model, "_is_stateful", False))
 
 
 def unpacked_codes(codes: Tensor, state: Any) -> Tensor:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from residua.capture.hooks.forward_call import trial
+from residua.capture.hooks.forward_call import run_on_few
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.wrappers import core_of
-from residua.store.base.errors import CaptureError
 
 FRAMES = "input_features"
 """Name of the argument in which transformers' encoders take frames."""
@@ -42,16 +41,7 @@ def run_on_frames(model: nn.Module, n_examples: int) -> Tensor | None:
     if not isinstance(core, PreTrainedModel):
         raise TypeError(f"{type(core).__name__} is no model of transformers")
     features = few_frames(core, n_examples)
-    with trial(model):
-        try:
-            output = model(**{FRAMES: features})
-        except Exception as error:  # the boundary to the user's model, which may raise anything
-            raise CaptureError(
-                f"{type(core).__name__} was run on features of shape {tuple(features.shape)} to measure its sites, and "
-                f"raised {type(error).__name__}: {error}"
-            ) from error
-    found = getattr(output, "last_hidden_state", None)
-    return found if isinstance(found, Tensor) else None
+    return run_on_few(model, {FRAMES: features}, f"features of shape {tuple(features.shape)}")
 
 
 def few_frames(encoder: PreTrainedModel, n_examples: int) -> Tensor:

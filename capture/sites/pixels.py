@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from residua.capture.hooks.forward_call import trial
+from residua.capture.hooks.forward_call import run_on_few
 from residua.capture.runtime.devices import input_device
 from residua.capture.runtime.module_io import input_item
 from residua.capture.runtime.wrappers import core_of
@@ -244,16 +244,7 @@ def run_on_images(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor | No
         raise CaptureError(
             f"{type(core_of(model)).__name__} takes {' and '.join(others)} beside images, which is not understood here"
         )
-    with trial(model):
-        try:
-            output = model(**arguments)
-        except Exception as error:  # the boundary to the user's model, which may raise anything
-            raise CaptureError(
-                f"{type(core_of(model)).__name__} was run on {_text(inputs)} to measure its sites, and raised "
-                f"{type(error).__name__}: {error}"
-            ) from error
-    found = getattr(output, "logits", getattr(output, "last_hidden_state", None))
-    return found if isinstance(found, Tensor) else None
+    return run_on_few(model, arguments, _text(inputs))
 
 
 def _others_needed(model: nn.Module, given: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from residua.capture.hooks.attention import eager_attention
-from residua.capture.hooks.forward_call import probing, trial
+from residua.capture.hooks.forward_call import probing, run_on_few
 from residua.capture.hooks.hooks import attached, values_of
 from residua.capture.hooks.site import SiteInfo
 from residua.capture.runtime.devices import input_device
@@ -79,16 +79,7 @@ def run_on_tokens(model: nn.Module, shape: tuple[int, int], **options: Tensor) -
     kwargs: dict[str, Tensor | bool] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **options}
     if "use_cache" in signature(core.forward).parameters:
         kwargs["use_cache"] = False
-    with trial(model):
-        try:
-            output = model(**kwargs)
-        except Exception as error:  # the boundary to the user's model, which may raise anything
-            raise CaptureError(
-                f"{type(core).__name__} was run on {shape[0]} examples of {shape[1]} tokens to measure its sites, and "
-                f"raised {type(error).__name__}: {error}"
-            ) from error
-    found = getattr(output, "logits", getattr(output, "last_hidden_state", None))
-    return found if isinstance(found, Tensor) else None
+    return run_on_few(model, kwargs, f"{shape[0]} examples of {shape[1]} tokens")
 
 
 def _language_model(model: nn.Module) -> PreTrainedModel:

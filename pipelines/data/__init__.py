@@ -1,1 +1,1 @@
-"""From a dataset to examples: settings, sources, tokens, windows and positions. Uses only the room `store`."""
+"""From a dataset to examples: settings, sources, tokens, windows and positions. Uses `capture` and `store`."""

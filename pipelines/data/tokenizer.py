@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
+from residua.capture.runtime.compat import PLAIN_CALL
 from residua.pipelines.data.dataset_settings import DatasetSettings
 from residua.store.base.errors import DatasetError
 from residua.store.base.naming import named
@@ -71,8 +72,7 @@ def _is_plain(tokenizer: object) -> bool:
     """Return whether a tokenizer does what transformers' own class does with texts, and nothing else."""
     kind: Any = type(tokenizer)
     return isinstance(tokenizer, TokenizersBackend) and all(
-        getattr(kind, name, None) is getattr(TokenizersBackend, name, None)
-        for name in ("__call__", "_encode_plus", "_batch_encode_plus", "set_truncation_and_padding")
+        getattr(kind, name, None) is getattr(TokenizersBackend, name, None) for name in PLAIN_CALL
     )
 
 

@@ -39,7 +39,6 @@ REQUEST_BYTES = 4 * 2**20
 """A longer run of chunks takes several requests, which are under way at once."""
 
 _WINDOW_BYTES = 64 * 2**20  # of one call that are under way; as much again is fetched ahead
-_HELD_BYTES = 256 * 2**20  # fetched ahead for all readers of an archive; what is not used for longest goes first
 _N_REQUESTS = 16
 _HERE = Path()
 
@@ -132,6 +131,7 @@ class RemoteChunks:
         cache: Keeps chunks on the local disk; None: nothing is kept.
         join_gap_bytes: Chunks of one shard that are this near share a request.
         request_bytes: Bytes of one request, unless a chunk has more.
+        held_bytes: Bytes fetched ahead for all readers of the archive; what is not used for longest goes first.
     """
 
     def __init__(
@@ -141,8 +141,10 @@ class RemoteChunks:
         cache: DiskCache | None = None,
         join_gap_bytes: int = JOIN_GAP_BYTES,
         request_bytes: int = REQUEST_BYTES,
+        held_bytes: int = 256 * 2**20,
     ) -> None:
         self.folder = folder
+        self.held_bytes = held_bytes
         self.index = index
         self.request_bytes = request_bytes
         self._cache = cache
@@ -151,7 +153,14 @@ class RemoteChunks:
         self._pid = os.getpid()
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.folder, self.index, self._cache, self._join_gap_bytes, self.request_bytes)
+        return type(self), (
+            self.folder,
+            self.index,
+            self._cache,
+            self._join_gap_bytes,
+            self.request_bytes,
+            self.held_bytes,
+        )
 
     def fetch(self, spec: ArraySpec, n_rows: int, numbers: Sequence[int]) -> dict[int, Bytes]:
         """Return the stored bytes of chunks, crc32c included, each compared with the index.
@@ -224,7 +233,7 @@ class RemoteChunks:
             job = self._begin(spec, n_rows, request)
             for number, start, stop in zip(request.chunks, request.starts, request.stops, strict=True):
                 held[spec.key, number] = job, stop - start
-        while sum(size for _, size in list(held.values())) > _HELD_BYTES:
+        while sum(size for _, size in list(held.values())) > self.held_bytes:
             held.popitem(last=False)
 
     def _take(self, spec: ArraySpec, number: int) -> _Arriving | None:

@@ -36,7 +36,7 @@ from residua.store.base.errors import PlanError, StorageError
 from residua.store.base.naming import named
 from residua.store.storage.crc import Buffer
 from residua.store.storage.files import bytes_of, publish, sweep, sync_folder, write_file
-from residua.store.storage.lease import LEASE, Lease, LeaseWatch, leased
+from residua.store.storage.lease import LEASE, USUAL_TIMES, Lease, LeaseTimes, LeaseWatch, leased
 from residua.store.storage.lock import locked, try_flock
 from residua.store.storage.objects import ObjectFolder, in_parallel
 
@@ -173,6 +173,7 @@ class BucketFolder:
     Args:
         address: Where it is.
         options: As for `ObjectFolder`.
+        lease_times: When a lease on it expires and is renewed.
 
     Attributes:
         objects: The folder in the bucket.
@@ -183,8 +184,11 @@ class BucketFolder:
         StorageError: The address or an option is not understood.
     """
 
-    def __init__(self, address: str, options: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, address: str, options: Mapping[str, Any] | None = None, *, lease_times: LeaseTimes = USUAL_TIMES
+    ) -> None:
         self.objects = ObjectFolder(address, options)
+        self._lease_times = lease_times
         self.memory_bytes = MEMORY_BYTES
         self._n_threads = 1
         self._there: dict[str, bytes] = {}  # SHA-256 of the files that were sent or fetched
@@ -379,7 +383,7 @@ class BucketFolder:
             ArchiveInUseError: Another run holds it.
             StorageError: The bucket cannot be read or written.
         """
-        with leased(self.objects, join=join) as self._lease:
+        with leased(self.objects, join=join, times=self._lease_times) as self._lease:
             try:
                 yield
             finally:
@@ -397,7 +401,7 @@ class BucketFolder:
         Args:
             lease: The other's `lease`.
         """
-        self._lease = LeaseWatch(self.objects, lease)
+        self._lease = LeaseWatch(self.objects, lease, self._lease_times)
         try:
             yield
         finally:

@@ -30,7 +30,6 @@ from residua.store.storage.web import Answer, Failure, ask
 _OPTIONS = ("token", "endpoint")
 _SIGNED = 10_000  # signed addresses that are kept; each has one or two thousand characters
 _TURNS = 64
-_TRIES = 6  # after a failure that may pass
 _WAIT_SECONDS = 330.0  # the Hub counts requests in windows of 300 seconds
 _REDIRECTS = 4
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -79,6 +78,7 @@ class HubFolder(ObjectFolder):
     Args:
         address: ``hf://datasets/ORG/NAME[@REVISION][/FOLDER]`` or ``hf://buckets/ORG/NAME[/FOLDER]``.
         options: ``token`` and ``endpoint``.
+        tries: How often a request is made again after a failure that may pass.
 
     Attributes:
         place: What the address names.
@@ -88,8 +88,9 @@ class HubFolder(ObjectFolder):
         StorageError: The address or an option is not understood.
     """
 
-    def __init__(self, address: str, options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, address: str, options: Mapping[str, Any] | None = None, *, tries: int = 6) -> None:
         check_address(address)
+        self._tries = tries
         self.options = dict(options or {})
         if unknown := sorted(set(self.options) - set(_OPTIONS)):
             raise StorageError(
@@ -156,7 +157,7 @@ class HubFolder(ObjectFolder):
             tries += not wait
             wait = wait or 0.1 * 4.0 ** (tries - 1)
             waited += wait
-            if tries > _TRIES or waited > _WAIT_SECONDS:
+            if tries > self._tries or waited > _WAIT_SECONDS:
                 raise StorageError(f"cannot read {self}/{name}: {problem}, {tries + 1} times. Try again later")
             time.sleep(wait)
 

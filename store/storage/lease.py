@@ -1,8 +1,8 @@
 """One run at a time in a bucket: a lease, which takes the place of a file lock.
 
 The lease is a small object, `.residua-lease.json`, created only if it is absent. Its holder writes it again every few
-seconds. Another run watches it: a lease that does not change for `LEASE_SECONDS` has expired, whatever the clocks of
-the two machines say, and one whose process is gone from this machine has ended at once. Who takes over, or renews,
+seconds. Another run watches it: a lease that does not change for `LeaseTimes.expire` has expired, whatever the clocks
+of the two machines say, and one whose process is gone from this machine has ended at once. Who takes over, or renews,
 writes over the version that it has read, and over no other, where the service has that condition; of two that do so
 at once, one wins. A holder that finds another's name stops: `check` is asked before each write. So do the workers that
 share its work, which look at the lease now and then (`LeaseWatch`).
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from residua.store.base.canonical import Json
 from residua.store.base.errors import StorageError
@@ -29,10 +29,24 @@ if TYPE_CHECKING:
     from obstore import UpdateVersion
 
 LEASE = ".residua-lease.json"
-RENEW_SECONDS = 10.0
-LEASE_SECONDS = 30.0
-_POLL_SECONDS = 0.5
 _MAX_BYTES = 64 * 1024
+
+
+class LeaseTimes(NamedTuple):
+    """The times of a lease, in seconds; all runs of an archive need the same.
+
+    Attributes:
+        expire: A lease that was not renewed for so long has ended.
+        renew: Its holder renews it after so long, and its workers look at it as often.
+        poll: Between two looks of a run that waits for it.
+    """
+
+    expire: float = 30.0
+    renew: float = 10.0
+    poll: float = 0.5
+
+
+USUAL_TIMES = LeaseTimes()
 
 
 class Lease:
@@ -41,13 +55,15 @@ class Lease:
     Args:
         folder: The folder.
         join: What another run needs to join this one.
+        times: When it expires and is renewed.
 
     Attributes:
         token: What tells this lease from others.
     """
 
-    def __init__(self, folder: ObjectFolder, join: Mapping[str, Json] | None) -> None:
+    def __init__(self, folder: ObjectFolder, join: Mapping[str, Json] | None, times: LeaseTimes = USUAL_TIMES) -> None:
         self._folder = folder
+        self._times = times
         self._values: dict[str, Any] = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -85,14 +101,14 @@ class Lease:
             except FileNotFoundError:
                 continue
             owner, values = owner_of(found), _values(found)
-            if owner is None or _is_gone(values) or (found == first and time.monotonic() - since > LEASE_SECONDS):
+            if owner is None or _is_gone(values) or (found == first and time.monotonic() - since > self._times.expire):
                 with suppress(FileExistsError):
                     self._folder.replace(LEASE, data, version)
                     break
             elif _is_here(values) or (first and found != first):
                 raise ArchiveInUseError(str(self._folder), owner, in_use_advice())
             first = first or found
-            time.sleep(_POLL_SECONDS)
+            time.sleep(self._times.poll)
         self._adopt()
         self._thread.start()
 
@@ -110,13 +126,13 @@ class Lease:
         Raises:
             StorageError: Another run has taken over, or the bucket does not answer.
         """
-        if not self._lost and time.monotonic() - self._renewed_at > LEASE_SECONDS:
+        if not self._lost and time.monotonic() - self._renewed_at > self._times.expire:
             self._renew()
         if self._lost:
             raise StorageError(self._lost)
 
     def _keep(self) -> None:
-        while not self._lost and not self._stop.wait(RENEW_SECONDS):
+        while not self._lost and not self._stop.wait(self._times.renew):
             with suppress(StorageError):  # it is tried again; `check` says so where it matters
                 self._renew()
 
@@ -136,7 +152,7 @@ class Lease:
             found, self._version = self._folder.read_tagged(LEASE, _MAX_BYTES)
             if self._is_mine(found):
                 return
-        self._lost = _lost(self._folder)
+        self._lost = _lost(self._folder, self._times)
         raise StorageError(self._lost)
 
     def _adopt(self) -> None:
@@ -157,44 +173,49 @@ class LeaseWatch:
     Args:
         folder: The folder.
         token: The lease's.
+        times: Its times.
     """
 
-    def __init__(self, folder: ObjectFolder, token: str) -> None:
+    def __init__(self, folder: ObjectFolder, token: str, times: LeaseTimes = USUAL_TIMES) -> None:
         self._folder = folder
+        self._times = times
         self._token = token
         self._seen_at = -inf
         self._lock = threading.Lock()
 
     def check(self) -> None:
-        """Return if the lease is held, as far as is known for `RENEW_SECONDS`.
+        """Return if the lease is held, as far as is known for `LeaseTimes.renew`.
 
         Raises:
             StorageError: Another run has taken over, or the bucket does not answer.
         """
         with self._lock:
-            if time.monotonic() - self._seen_at <= RENEW_SECONDS:
+            if time.monotonic() - self._seen_at <= self._times.renew:
                 return
             found = b""
             with suppress(FileNotFoundError):
                 found = self._folder.read(LEASE, _MAX_BYTES)
             if _values(found).get("token") != self._token:
-                raise StorageError(_lost(self._folder))
+                raise StorageError(_lost(self._folder, self._times))
             self._seen_at = time.monotonic()
 
 
 @contextmanager
-def leased(folder: ObjectFolder, *, join: Mapping[str, Json] | None = None) -> Iterator[Lease]:
+def leased(
+    folder: ObjectFolder, *, join: Mapping[str, Json] | None = None, times: LeaseTimes = USUAL_TIMES
+) -> Iterator[Lease]:
     """Hold the lease on a folder in a bucket inside the `with` block.
 
     Args:
         folder: The folder; nothing need be there.
         join: What another run needs to join this one.
+        times: When the lease expires and is renewed.
 
     Raises:
         ArchiveInUseError: Another run holds the lease.
         StorageError: The bucket cannot be read or written.
     """
-    lease = Lease(folder, join)
+    lease = Lease(folder, join, times)
     lease.acquire()
     try:
         yield lease
@@ -202,7 +223,7 @@ def leased(folder: ObjectFolder, *, join: Mapping[str, Json] | None = None) -> I
         lease.release()
 
 
-def _lost(folder: ObjectFolder) -> str:
+def _lost(folder: ObjectFolder, times: LeaseTimes) -> str:
     """Return the message for a run whose lease is another's, or gone."""
     owner = None
     with suppress(FileNotFoundError, StorageError):
@@ -210,7 +231,7 @@ def _lost(folder: ObjectFolder) -> str:
     who = f" ({owner})" if owner else ""
     return (
         f"another run{who} has taken over {folder}, or {LEASE} was removed there; a lease that is not renewed for "
-        f"{LEASE_SECONDS:.0f} s ends. So this run stops. What was committed before is safe"
+        f"{times.expire:.0f} s ends. So this run stops. What was committed before is safe"
     )
 
 

@@ -21,7 +21,6 @@ from residua.store.base.canonical import Json
 from residua.store.base.naming import named
 
 _MAX_BYTES = 64 * 1024
-_NAME_SECONDS = 5.0  # time for a run that has the lock to write who it is
 _POLL_SECONDS = 0.05
 
 
@@ -62,12 +61,13 @@ class ArchiveInUseError(BlockingIOError):
 
 
 @contextmanager
-def locked(archive: Path, *, join: Mapping[str, Json] | None = None) -> Iterator[None]:
+def locked(archive: Path, *, join: Mapping[str, Json] | None = None, name_seconds: float = 5.0) -> Iterator[None]:
     """Hold the lock of `archive` inside the `with` block.
 
     Args:
         archive: Folder of the archive; it need not exist.
         join: What another run needs to join this one.
+        name_seconds: Time for a run that has the lock to write who it is.
 
     Raises:
         ArchiveInUseError: Another run holds the lock.
@@ -76,7 +76,7 @@ def locked(archive: Path, *, join: Mapping[str, Json] | None = None) -> Iterator
     path = _path(archive)
     with naming_archive(archive):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _acquire(path, archive)
+        descriptor = _acquire(path, archive, name_seconds)
     try:
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
         with suppress(OSError):  # a full disk: the lock holds without a name, and writing the archive will fail
@@ -161,12 +161,12 @@ def _path(archive: Path) -> Path:
     return archive.with_name(f".{archive.name}.lock")
 
 
-def _acquire(path: Path, archive: Path) -> int:
+def _acquire(path: Path, archive: Path, name_seconds: float) -> int:
     """Return a descriptor of the lock file, locked; a file that its owner removed meanwhile is opened again."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            _lock(descriptor, archive)
+            _lock(descriptor, archive, name_seconds)
             with suppress(FileNotFoundError):
                 if os.path.samestat(path.stat(), os.fstat(descriptor)):
                     return descriptor
@@ -176,9 +176,9 @@ def _acquire(path: Path, archive: Path) -> int:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, archive: Path) -> None:
+def _lock(descriptor: int, archive: Path, name_seconds: float) -> None:
     """Take the lock, or raise ArchiveInUseError; a run that has just taken it gets a moment to write its name."""
-    deadline = time.monotonic() + _NAME_SECONDS
+    deadline = time.monotonic() + name_seconds
     while not (is_taken := try_flock(descriptor)):
         owner = read_owner(archive)
         if is_taken is None:

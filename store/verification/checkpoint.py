@@ -17,18 +17,12 @@ from residua.store.format.archive_metadata import ROOT
 from residua.store.storage.files import write_file
 from residua.store.verification.shards import ShardFindings
 
-_SECONDS = 5.0  # between two writes
-
 
 @dataclass
-class Results:
+class Results(ShardFindings):
     """What was found in the first `n_shards` shards."""
 
-    problems: list[tuple[str, str]] = field(default_factory=list)
     n_shards: int = 0
-    n_files: int = 0
-    n_chunks: int = 0
-    n_bytes: int = 0
 
     def add(self, found: ShardFindings) -> None:
         """Add what was found in the next shard."""
@@ -47,7 +41,9 @@ class Results:
         """Return the results that a checkpoint holds; none if it holds none."""
         try:
             problems = [(str(path), str(what)) for path, what in state["problems"]]
-            return cls(problems, *(max(0, int(state[key])) for key in ("n_shards", "n_files", "n_chunks", "n_bytes")))
+            return cls(
+                problems, **{key: max(0, int(state[key])) for key in ("n_shards", "n_files", "n_chunks", "n_bytes")}
+            )
         except (LookupError, TypeError, ValueError):
             return cls()
 
@@ -60,11 +56,13 @@ class Checkpoint:
         path: The file.
         archive: Folder of the archive; of one at an address, the folder of the copies of its small files.
         state: What `save` was given last; empty at the start, and if the file is of something else.
+        seconds: Between two writes.
     """
 
     path: Path
     archive: Path
     state: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 5.0
     _saved: float = field(default_factory=time.monotonic, repr=False)
 
     def __post_init__(self) -> None:
@@ -93,7 +91,7 @@ class Checkpoint:
             OSError: The file cannot be written.
         """
         self.state = state
-        if time.monotonic() - self._saved > _SECONDS:
+        if time.monotonic() - self._saved > self.seconds:
             self._saved = time.monotonic()
             self._write()
 

@@ -27,7 +27,6 @@ from residua.store.read.remote_archive import RemoteArchive
 from residua.store.sealing.packed_index import INDEX
 
 _STEP_BYTES = 16 * 2**20  # of chunks that a thread fetches together
-_MANY_SHARDS = 8  # from here on, threads are worth their start
 _JOBS_PER_WORKER = 8  # of a cluster, so that all of them end at about the same time
 _MOST_PER_JOB = 64
 
@@ -77,7 +76,7 @@ def check_shards(
         yield from _on_cluster(archive, shards, examples, cluster)
         return
     check = _check_of(archive, examples=examples)
-    if threads == 1 or len(shards) < _MANY_SHARDS:
+    if threads == 1:
         yield from map(check.of, shards)
         return
     with ThreadPoolExecutor(threads, thread_name_prefix="residua-verify") as pool:

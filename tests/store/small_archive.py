@@ -40,12 +40,14 @@ def make_archive(
     cross: bool = False,
     nonfinite: bool = False,
     sites: tuple[str, ...] = (),
+    **options: Any,
 ) -> Path:
     """Write an archive of three shards, the last one short, at `path`; `seed` changes its values.
 
     With `sites`, it has only these, with the same values. With `open_size`, its size is not known before it is
     sealed. With `stack`, its sites are of that stack; with `cross`, it also has keys of the decoder's
-    attention to its rows. With `nonfinite`, every shard of every site has a NaN.
+    attention to its rows. With `nonfinite`, every shard of every site has a NaN. Further
+    options are those of its `ExampleWriter`.
     """
     rng, dot = np.random.default_rng(seed), stack and f"{stack}."
     all_sites: tuple[SitePlan, ...] = (
@@ -56,7 +58,7 @@ def make_archive(
         all_sites = (*all_sites, SitePlan(name="decoder.cross_k.1", row_shape=(2, 4), dtype="float32", codec=codec))
     with workspace(path) as folder:
         examples = [_example(i, length, rng) for i, length in enumerate(LENGTHS)]
-        writer = ExampleWriter(folder / "examples")
+        writer = ExampleWriter(folder / "examples", **options)
         for example in examples:
             writer.add(example)
         index = writer.close()

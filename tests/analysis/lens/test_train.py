@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from residua.analysis.lens import train
 from residua.analysis.lens.lens import TunedLens
 from residua.analysis.lens.lens_settings import LensSettings
 from residua.analysis.lens.ridge import fit_bytes
@@ -107,9 +106,19 @@ def test_a_kill_while_the_work_is_cleared_is_recovered(tmp_path: Path, monkeypat
     assert (out / "params.pt").read_bytes() == (tmp_path / "unbroken" / "params.pt").read_bytes()
 
 
-def fit_on(cluster: Cluster, archive: Archive, out: Path, *, rows_per_part: int = 100_000, **options: Any) -> bytes:
+def fit_on(
+    cluster: Cluster,
+    archive: Archive,
+    out: Path,
+    *,
+    rows_per_part: int = 100_000,
+    sums_share: int = 16,
+    **options: Any,
+) -> bytes:
     settings = LensSettings(**options)
-    training = LensTraining(archive, out, settings=settings, cluster=cluster, rows_per_part=rows_per_part)
+    training = LensTraining(
+        archive, out, settings=settings, cluster=cluster, rows_per_part=rows_per_part, sums_share=sums_share
+    )
     training.train()
     TunedLens(*training.evaluate()).save(out)
     training.clear()
@@ -204,14 +213,12 @@ def test_a_large_vocabulary_takes_bounded_memory() -> None:
     assert found["added"] < 400 * 2**20
 
 
-def test_blocks_of_columns_of_the_sums_give_the_same_lens(
-    lens_archive: Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_of_columns_of_the_sums_give_the_same_lens(lens_archive: Archive, tmp_path: Path) -> None:
     with connect("inline") as inline:
         alone = fit_on(inline, lens_archive, tmp_path / "alone", refine=False)
         (width,) = lens_archive.plan.site("resid_post.0").row_shape
-        monkeypatch.setattr(train, "_SUMS_SHARE", inline.memory_limit // (2 * 8 * width * (width // 3)))
-        divided = fit_on(inline, lens_archive, tmp_path / "divided", refine=False)
+        sums_share = inline.memory_limit // (2 * 8 * width * (width // 3))
+        divided = fit_on(inline, lens_archive, tmp_path / "divided", refine=False, sums_share=sums_share)
     assert len(divided) == len(alone)
     found, expected = (TunedLens.load(tmp_path / name) for name in ("divided", "alone"))
     rows = lens_archive["resid_post.0"].torch(range(40)).float()
@@ -246,10 +253,11 @@ def test_all_layers_that_fit_are_summed_in_one_read(
         return read(self, site, rows)
 
     with connect("inline") as inline:
-        training = LensTraining(lens_archive, tmp_path / "a", settings=LensSettings(refine=False), cluster=inline)
+        training = LensTraining(
+            lens_archive, tmp_path / "a", settings=LensSettings(refine=False), cluster=inline, origin_chunks=0
+        )
         reader = LensRows(lens_archive, LensSettings())
         monkeypatch.setattr(LensRows, "read", counted)
-        monkeypatch.setattr(train, "_ORIGIN_CHUNKS", 0)
         training._sum([1, 2])
     n_rows = len(reader.training_rows(reader.chunks()))
     assert reads == dict.fromkeys(("resid_post.0", "resid_post.1", "resid_post.2"), n_rows)

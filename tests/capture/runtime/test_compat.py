@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti
-from transformers import GenerationConfig, GPT2Config, OPTConfig
+from transformers import GenerationConfig, GPT2Config, MambaConfig, MambaForCausalLM, OPTConfig, TokenizersBackend
 from transformers.integrations import deepspeed
 
 from residua.capture.runtime import compat
@@ -254,6 +254,29 @@ def test_version_of() -> None:
     first = compat.version_of(tensor)
     tensor += 1
     assert compat.version_of(tensor) > first
+
+
+def test_plain_call() -> None:
+    assert {"_encode_plus", "set_truncation_and_padding"} <= vars(TokenizersBackend).keys() & {*compat.PLAIN_CALL}
+
+
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT uses the old name
+def test_adapter_state(options: dict[str, Any]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(TINY["llama"](), LoraConfig(target_modules=["q_proj"], **options))
+    active, disabled = compat.ADAPTER_STATE.values()
+    layers = [layer for layer in model.modules() if hasattr(layer, active)]
+    assert layers
+    assert not any(getattr(layer, disabled) for layer in layers)
+    with model.disable_adapter():
+        assert all(getattr(layer, disabled) for layer in layers)
+
+
+def test_has_state_without_length() -> None:
+    assert compat.has_state_without_length(MambaForCausalLM(MambaConfig(num_hidden_layers=1, hidden_size=8)))
+    assert not compat.has_state_without_length(TINY["gpt2"]())
 
 
 def test_packed_codes_of_four_bits_come_back() -> None:

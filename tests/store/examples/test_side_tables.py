@@ -15,7 +15,6 @@ import pytest
 import residua
 from residua.store.base.canonical import digest_of
 from residua.store.base.errors import DamagedArchiveError, DatasetError, PlanError, ResiduaError, UnsafeArchiveError
-from residua.store.examples import writer
 from residua.store.examples.side_tables import FOLDER, SIDE_TABLES
 from residua.store.read.archive import Archive
 from residua.store.selection.row_filter import RowFilter
@@ -108,10 +107,8 @@ def test_a_list_has_a_value_a_token(archive: Archive) -> None:
         archive.annotate({"example": [3], "v": [[1, 2, 3, 4]]}, name="short")
 
 
-def test_values_lie_in_parts_as_the_examples_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begin: Any = writer.ExampleWriter.__init__
-    monkeypatch.setattr(begin, "__kwdefaults__", {**begin.__kwdefaults__, "examples_per_part": 3})
-    archive = residua.open(make_archive(tmp_path / "acts.zarr"))
+def test_values_lie_in_parts_as_the_examples_do(tmp_path: Path) -> None:
+    archive = residua.open(make_archive(tmp_path / "acts.zarr", examples_per_part=3))
     assert len(archive.example_table.index().first_example) == 3
     archive.annotate({"example": [0, 3], "marked": ["x", "y"]}, name="a")
     archive.annotate({"row": [0, 33], "good": [True, False]}, key="row", name="b")

@@ -202,9 +202,9 @@ def test_pieces_that_follow_come_once_and_together(server: FileServer) -> None:
         there["q.1"].fill(np.empty((4, *there["q.1"].shape[1:]), there["q.1"].stored_dtype), [range(5)])
 
 
-def test_what_was_fetched_ahead_and_is_not_used_goes(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_fetched_ahead_and_is_not_used_goes(server: FileServer) -> None:
     here, there = Archive(server.folder / "a.zarr"), opened(server)
-    monkeypatch.setattr("residua.store.read.remote._HELD_BYTES", 4000)
+    there.chunks.held_bytes = 4000
     for site in here.sites:
         filled(there, site, [range(1)], Following([range(N_ROWS)], 10**6))
         assert np.array_equal(there[site][:], here[site][:])

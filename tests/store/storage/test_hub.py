@@ -36,10 +36,10 @@ def hub(running: HubServer, tmp_path: Path) -> HubServer:
     return running
 
 
-def opened(hub: HubServer, address: str = "hf://datasets/org/acts/a.zarr", token: str = "") -> HubFolder:
-    found = folder_at(address, {"endpoint": hub.url, "token": token or "none"})
-    assert isinstance(found, HubFolder)
-    return found
+def opened(
+    hub: HubServer, address: str = "hf://datasets/org/acts/a.zarr", token: str = "", **options: int
+) -> HubFolder:
+    return HubFolder(address, {"endpoint": hub.url, "token": token or "none"}, **options)
 
 
 def test_a_file_is_asked_for_once(hub: HubServer) -> None:
@@ -78,7 +78,6 @@ def test_an_open_folder_stays_at_its_commit(hub: HubServer) -> None:
 
 def test_a_signed_address_whose_time_is_over_is_replaced(hub: HubServer) -> None:
     folder = opened(hub)
-    hub.signed_seconds = 0.05
     for start in range(0, 500, 100):
         folder.read_range("large", start, start + 9)
         folder._signed["large"] = folder._signed["large"].replace("Expires=", "Expires=0")
@@ -92,18 +91,17 @@ def test_what_passes_is_asked_for_again(kind: str, hub: HubServer) -> None:
     assert not hub.faults[kind]
 
 
-def test_what_does_not_pass_is_said(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("residua.store.storage.hub._TRIES", 1)
+def test_what_does_not_pass_is_said(hub: HubServer) -> None:
     hub.faults["resolve"] = [500] * 9
     with pytest.raises(StorageError, match=r"a\.zarr/large.*500"):
-        opened(hub).read("large", len(LARGE))
+        opened(hub, tries=1).read("large", len(LARGE))
     hub.faults["resolve"] = ["429:400"]
     with pytest.raises(StorageError, match=r"429.*too many requests"):
-        opened(hub).read("large", len(LARGE))
+        opened(hub, tries=1).read("large", len(LARGE))
     hub.faults.clear()
     hub.faults["resolve"] = ["elsewhere"] * 9
     with pytest.raises(StorageError, match=r"a\.zarr/large"):
-        opened(hub).read("large", len(LARGE))
+        opened(hub, tries=1).read("large", len(LARGE))
 
 
 @pytest.mark.parametrize("target", ["http://cdn.example/x", "file:///etc/passwd", "https://me:secret@cdn.example/x"])

@@ -8,21 +8,14 @@ from typing import Any
 import pytest
 
 from residua.store.base.errors import StorageError
-from residua.store.storage import lease as module
 from residua.store.storage.destination import BucketFolder
-from residua.store.storage.lease import LEASE, leased
+from residua.store.storage.lease import LEASE, LeaseTimes, leased
 from residua.store.storage.lock import ArchiveInUseError
 from residua.store.storage.objects import ObjectFolder
 from tests.servers.s3 import S3Server
 
 pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LEASE_SECONDS", 1.0)
-    monkeypatch.setattr(module, "RENEW_SECONDS", 0.2)
-    monkeypatch.setattr(module, "_POLL_SECONDS", 0.05)
+QUICK = LeaseTimes(expire=1.0, renew=0.2, poll=0.05)
 
 
 def written(folder: ObjectFolder, **changes: Any) -> dict[str, Any]:
@@ -43,7 +36,6 @@ def test_a_second_run_is_told_who_holds_it_and_the_next_finds_nothing(s3: S3Serv
     assert list(folder.list()) == []
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("changes", "waits"),
     [({"pid": 2**22 + 1}, False), ({"started": "1"}, False), ({"machine": "another"}, True)],
@@ -51,19 +43,18 @@ def test_a_second_run_is_told_who_holds_it_and_the_next_finds_nothing(s3: S3Serv
 )
 def test_a_lease_whose_holder_is_gone_is_taken_over(s3: S3Server, changes: dict[str, Any], waits: bool) -> None:
     folder = ObjectFolder(s3.address(f"lease-gone-{next(iter(changes))}"), s3.options)
-    with leased(folder):
+    with leased(folder, times=QUICK):
         values = written(folder)
     folder.write(LEASE, [json.dumps({**values, **changes, "token": "old"}).encode()])
     began = time.monotonic()
-    with leased(folder):
-        assert (time.monotonic() - began > module.LEASE_SECONDS) is waits
+    with leased(folder, times=QUICK):
+        assert (time.monotonic() - began > QUICK.expire) is waits
         assert written(folder)["token"] not in ("old", values["token"])
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_lease_that_is_renewed_elsewhere_is_not_taken(s3: S3Server) -> None:
     folder = ObjectFolder(s3.address("lease-elsewhere"), s3.options)
-    with leased(folder):
+    with leased(folder, times=QUICK):
         values = written(folder)
     stop = threading.Event()
 
@@ -77,20 +68,19 @@ def test_a_lease_that_is_renewed_elsewhere_is_not_taken(s3: S3Server) -> None:
     thread = threading.Thread(target=renew)
     thread.start()
     try:
-        with pytest.raises(ArchiveInUseError, match="far"), leased(folder):
+        with pytest.raises(ArchiveInUseError, match="far"), leased(folder, times=QUICK):
             pass
     finally:
         stop.set()
         thread.join()
 
 
-@pytest.mark.usefixtures("quick")
 def test_who_lost_the_lease_writes_no_more_and_leaves_it_alone(s3: S3Server) -> None:
-    out = BucketFolder(s3.address("lease-lost"), s3.options)
+    out = BucketFolder(s3.address("lease-lost"), s3.options, lease_times=QUICK)
     with out.locked():
         out.write("first", [b"1"])
         written(out.objects, host="the-other")
-        time.sleep(3 * module.RENEW_SECONDS)
+        time.sleep(3 * QUICK.renew)
         for refused in (
             lambda: out.write("second", [b"2"]),
             lambda: out.create("commits/1", b"2"),
@@ -103,16 +93,15 @@ def test_who_lost_the_lease_writes_no_more_and_leaves_it_alone(s3: S3Server) -> 
     assert out.n_bytes("second") is None
 
 
-@pytest.mark.usefixtures("quick")
 def test_workers_of_a_run_that_lost_the_lease_write_no_more(s3: S3Server) -> None:
-    out, worker = (BucketFolder(s3.address("lease-followed"), s3.options) for _ in range(2))
+    out, worker = (BucketFolder(s3.address("lease-followed"), s3.options, lease_times=QUICK) for _ in range(2))
     with out.locked():
         with worker.following(out.lease):
             assert worker.write("first", [b"1"]) == 1
-            time.sleep(2 * module.RENEW_SECONDS)
+            time.sleep(2 * QUICK.renew)
             assert worker.create("commits/0", b"1")
             written(out.objects, host="the-other")
-            time.sleep(2 * module.RENEW_SECONDS)
+            time.sleep(2 * QUICK.renew)
             for refused in (
                 lambda: worker.write("second", [b"2"]),
                 lambda: worker.create("commits/1", b"2"),
@@ -127,10 +116,9 @@ def test_workers_of_a_run_that_lost_the_lease_write_no_more(s3: S3Server) -> Non
     assert worker.write("third", [b"3"]) == 1
 
 
-@pytest.mark.usefixtures("quick")
 def test_of_many_that_take_over_at_once_one_wins(s3: S3Server) -> None:
     folder = ObjectFolder(s3.address("lease-race"), s3.options)
-    with leased(folder):
+    with leased(folder, times=QUICK):
         values = written(folder)
     folder.write(LEASE, [json.dumps({**values, "pid": 2**22 + 1, "token": "old"}).encode()])
     outcomes: list[str] = []
@@ -138,7 +126,7 @@ def test_of_many_that_take_over_at_once_one_wins(s3: S3Server) -> None:
 
     def take() -> None:
         try:
-            with leased(folder):
+            with leased(folder, times=QUICK):
                 outcomes.append("held")
                 done.wait(60)
         except ArchiveInUseError:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from residua.store.storage import lock
 from residua.store.storage.lock import ArchiveInUseError, locked, read_owner
 
 HOLD = """
@@ -25,9 +24,9 @@ with locked(Path(sys.argv[1]), join={"port": 7}):
 """
 
 
-def refusal(archive: Path, match: str) -> ArchiveInUseError:
+def refusal(archive: Path, match: str, **options: float) -> ArchiveInUseError:
     """Return the error that a second run gets."""
-    with pytest.raises(ArchiveInUseError, match=match) as caught, locked(archive):
+    with pytest.raises(ArchiveInUseError, match=match) as caught, locked(archive, **options):
         pytest.fail("two runs")
     return caught.value
 
@@ -86,15 +85,12 @@ def test_a_lock_whose_run_ends_before_it_has_a_name_is_taken(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"host": 1}', '{"host": "a", "pid": "x", "since": "", "join": 3}'])
-def test_a_lock_with_an_unreadable_owner_still_locks(
-    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lock, "_NAME_SECONDS", 0.1)
+def test_a_lock_with_an_unreadable_owner_still_locks(tmp_path: Path, text: str) -> None:
     path = tmp_path / ".a.zarr.lock"
     path.write_text(text)
     with path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        refusal(tmp_path / "a.zarr", r"another run is at work on .*a\.zarr\. ")
+        refusal(tmp_path / "a.zarr", r"another run is at work on .*a\.zarr\. ", name_seconds=0.1)
     with locked(tmp_path / "a.zarr"):
         pass
 

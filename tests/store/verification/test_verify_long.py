@@ -29,10 +29,7 @@ def damage(path: Path, *shards: int) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
-def test_any_number_of_threads_finds_the_same_in_the_same_order(
-    threads: int, copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("residua.store.verification.shards._MANY_SHARDS", 0)
+def test_any_number_of_threads_finds_the_same_in_the_same_order(threads: int, copy: Path) -> None:
     damage(copy, 0, 2)
     (copy / "rows/token/c/1").unlink()
     steps: list[tuple[int, int]] = []
@@ -71,10 +68,7 @@ def test_the_workers_of_a_cluster_find_the_same_in_the_same_order(copy: Path) ->
     assert steps == [(done, N_SHARDS) for done in (1, 2, 3)]
 
 
-def test_an_address_is_verified_by_a_cluster_and_goes_on_after_a_stop(
-    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("residua.store.verification.checkpoint._SECONDS", -1.0)
+def test_an_address_is_verified_by_a_cluster_and_goes_on_after_a_stop(copy: Path, tmp_path: Path) -> None:
     damage(copy, 0)
     file, steps = tmp_path / "stopped.json", list[int]()
     with serving_files(copy) as server:
@@ -115,20 +109,28 @@ def stop_after(done: int, _: int) -> None:
         raise StopError
 
 
-@pytest.mark.parametrize("is_written", [True, False], ids=["it was time to write", "it was not"])
-def test_a_verification_that_was_stopped_goes_on(
-    is_written: bool, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_written", [True, False], ids=["it is time to write", "it is not"])
+def test_a_checkpoint_is_written_now_and_then_and_when_it_is_stopped(
+    is_written: bool, copy: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("residua.store.verification.checkpoint._SECONDS", -1.0 if is_written else 1e9)
-    damage(copy, 0)
-    expected, file = verify(copy), tmp_path / "cache/stopped.json"
+    file = tmp_path / "cache/stopped.json"
 
-    def stop(done: int, total: int) -> None:
-        assert done == 1 or file.exists() == is_written
-        stop_after(done, total)
+    def stop_in(checkpoint: Checkpoint) -> None:
+        with checkpoint:
+            checkpoint.save({"n_shards": 1})
+            assert file.exists() == is_written
+            raise StopError
 
     with pytest.raises(StopError):
-        verify(copy, checkpoint=file, on_shard=stop)
+        stop_in(Checkpoint(path=file, archive=copy, seconds=-1.0 if is_written else 1e9))
+    assert Checkpoint(path=file, archive=copy).state == {"n_shards": 1}
+
+
+def test_a_verification_that_was_stopped_goes_on(copy: Path, tmp_path: Path) -> None:
+    damage(copy, 0)
+    expected, file = verify(copy), tmp_path / "cache/stopped.json"
+    with pytest.raises(StopError):
+        verify(copy, checkpoint=file, on_shard=stop_after)
     assert Checkpoint(path=file, archive=copy).state["n_shards"] == 1
     damage(copy, 0)  # as it was, and not looked at again
     steps: list[int] = []
@@ -138,14 +140,11 @@ def test_a_verification_that_was_stopped_goes_on(
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"archive": "x", "state": {}}', '{"state": {"n_shards": 2}}'])
-def test_what_something_else_left_is_ignored(
-    content: str, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_something_else_left_is_ignored(content: str, copy: Path, tmp_path: Path) -> None:
     file = tmp_path / "stopped.json"
     file.write_text(content)
     damage(copy, 0)
     assert len(verify(copy, checkpoint=file).problems) == 1
-    monkeypatch.setattr("residua.store.verification.checkpoint._SECONDS", -1.0)
     with pytest.raises(StopError):
         verify(copy, checkpoint=file, on_shard=stop_after)
     other = make_archive(tmp_path / "other.zarr", seed=3)
@@ -159,7 +158,6 @@ def test_the_command_goes_on_and_begins_again(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("residua.store.verification.checkpoint._SECONDS", -1.0)
     monkeypatch.setattr("residua.pipelines.cli.progress.StepProgress.step", lambda _, *step: stop_after(*step))
     with pytest.raises(StopError):
         main(["verify", str(copy)])
