@@ -21,9 +21,9 @@ what the reader itself costs, and for the loader the shuffling.
 pull files, eight at once, written to the disk durably as a pull writes them. zarr-python reads the same archive
 through its own `ObjectStore`, and through `FsspecStore` over obstore's file system.
 
-A push asks four things one after the other that obstore alone does not, whatever the size: what lies there, and at the
-end what has arrived, the root, and the removal of its journal. A pull asks one: the root with the index. At 20 ms
-without a limit of the line this is most of what a push takes longer.
+A push asks three things one after the other that obstore alone does not, whatever the size: what lies there, and at the
+end the root, while it lists what has arrived, and the removal of its journal. A pull asks one: the root with the index.
+At 20 ms without a limit of the line this is most of what a push takes longer.
 
 Client, link and server share two cores. Where the line has no limit, these are what limits all cases, and decoding,
 which obstore alone does not do, counts in full: `decoding alone, from memory` is what checking and decoding the same

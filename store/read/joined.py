@@ -21,6 +21,7 @@ from residua.store.format.sidecars import ATTENTION_FILE
 from residua.store.read.archive import Archive, Rows
 from residua.store.read.array import ArchiveArray
 from residua.store.read.rows_in_shards import RowNumbers
+from residua.store.sealing.packed_index import file_record
 
 
 class JoinedArchive(Archive):
@@ -199,7 +200,7 @@ def _is_same_site(one: Archive, other: Archive, site: str) -> bool:
         return False
     keys = [files.key for spec in mine.site(site).arrays(mine.rows_per_shard) for files in spec.file_specs]
     return all(
-        one.commits[shard].arrays[key].digest == other.commits[shard].arrays[key].digest
+        file_record(one.commits, key, shard).digest == file_record(other.commits, key, shard).digest
         for shard in one.commits
         for key in keys
     )

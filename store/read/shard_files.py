@@ -21,6 +21,7 @@ from residua.store.encoding.spec import ArraySpec
 from residua.store.read.archive import Archive
 from residua.store.read.remote import Bytes, RemoteChunks, chunk_problem
 from residua.store.read.remote_archive import RemoteArchive
+from residua.store.sealing.packed_index import file_record
 from residua.store.storage.crc import Buffer
 
 _AHEAD_BYTES = 16 * 2**20  # that are asked for at once of an archive at an address, and held in memory
@@ -58,7 +59,7 @@ def stored_chunks(archive: Archive, spec: ArraySpec, shard: int) -> Iterator[Byt
 
 
 def _table(archive: Archive, spec: ArraySpec, shard: int) -> ChunkTable:
-    table = archive.commits[shard].arrays[spec.key].chunk_table
+    table = file_record(archive.commits, spec.key, shard).chunk_table
     if len(table):
         return table
     path = shard_path(archive.path, spec, shard)  # the records of format 1.0 have none

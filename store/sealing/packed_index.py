@@ -389,6 +389,11 @@ class _RemoteFile:
 _File = _LocalFile | _RemoteFile
 
 
+def file_record(commits: Mapping[int, Commit], key: str, shard: int) -> ShardFile:
+    """Return what is recorded of one shard file: of an index, without what it says of the others of that shard."""
+    return commits.file(key, shard) if isinstance(commits, PackedIndex) else commits[shard].arrays[key]
+
+
 def file_totals(commits: Mapping[int, Commit], key: str) -> FileTotals:
     """Return the sums over the shard files of an array or column shard, from records or from a packed index."""
     if isinstance(commits, PackedIndex):

@@ -19,7 +19,7 @@ from residua.store.read.archive import Archive
 from residua.store.read.remote_archive import RemoteArchive
 from residua.store.read.shard_files import shard_file
 from residua.store.read.stacks import StackedArchive, open_archive
-from residua.store.sealing.packed_index import INDEX, PackedIndex
+from residua.store.sealing.packed_index import INDEX, PackedIndex, file_record
 from residua.store.sharing.copied import UNKNOWN_BYTES, BytesDone, Copied, FileWork, copy_files, together
 from residua.store.sharing.small_files import SmallFile, fetch_index, fetch_small, side_table_files, small_files
 from residua.store.storage.address import is_remote, shown
@@ -148,7 +148,7 @@ class _Pull:
 
     def _has(self, spec: ArraySpec, shard: int) -> bool:
         """Say whether an earlier copy left this shard, whole and unaltered."""
-        record = self._archive.commits[shard].arrays[spec.key]
+        record = file_record(self._archive.commits, spec.key, shard)
         path = shard_path(self._out, spec, shard)
         if not path.is_file() or path.stat().st_size != record.n_bytes:
             return False

@@ -2,12 +2,15 @@
 
 The root's metadata go last, so nobody meets half an archive. Until then a small object, `.residua-push.json`, has the
 plan of the archive that is on its way there: a copy that was killed goes on, and another archive is not mixed into it.
+Before the root, the far end is listed. Only if the server has confirmed every other object to this very copy, root and
+listing go at once, for one wait less; should one be missing all the same, the root is removed.
+
 A shard never changes, so one that is there with its size is not sent again. Each is read once: its chunks are compared
 with its record while it goes, and one that is damaged does not appear at the far end. Commit records stay behind: the
 packed index has all that they say.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -30,7 +33,7 @@ from residua.store.read.archive import Archive
 from residua.store.read.remote_archive import RemoteArchive
 from residua.store.read.shard_files import shard_file
 from residua.store.read.stacks import StackedArchive, archives_of, open_source
-from residua.store.sealing.packed_index import INDEX
+from residua.store.sealing.packed_index import INDEX, file_record
 from residua.store.sharing.card import Licences
 from residua.store.sharing.copied import (
     N_AT_ONCE,
@@ -115,9 +118,13 @@ def push(
     out = bucket_at(address, storage_options)
     out.memory_bytes = _MEMORY_BYTES
     out.writer_threads(N_AT_ONCE)
-    there, is_update = _look(archive, out.objects)
-    with _small_files_of(archive) as small:
-        return _Push(archive, out, small, is_update=is_update, keep_paths=keep_paths).run(there, on_bytes)
+    with ThreadPoolExecutor(1, thread_name_prefix="residua-copy") as pool:
+        looked = pool.submit(_look, archive, out.objects)
+        if archive.is_remote:
+            looked.result()  # nothing is fetched for an address that is refused
+        with _small_files_of(archive) as small:
+            copy = _Push(archive, out, small, keep_paths=keep_paths)
+            return copy.run(*looked.result(), on_bytes)
 
 
 class _Push:
@@ -127,22 +134,26 @@ class _Push:
         archive: The archive.
         out: Where it goes.
         small: A folder with all of its files but shards.
-        is_update: Whether the archive, or a part of it, is there already.
         keep_paths: As for `push`.
     """
 
-    def __init__(self, archive: Archive, out: BucketFolder, small: Path, *, is_update: bool, keep_paths: bool) -> None:
+    def __init__(self, archive: Archive, out: BucketFolder, small: Path, *, keep_paths: bool) -> None:
         self._archive, self._out, self._small = archive, out, small
         self._root, self._notes = _root(archive, small, keep_paths=keep_paths)
         self._shards = _shards_of(archive)
         self._files = {**_small_sizes(small), **_shard_sizes(archive, self._shards), ROOT: len(self._root)}
-        # An archive with some of the sites may be there, which is read by its own index until the new one comes.
-        last = (SIDE_TABLES, INDEX, ROOT) if is_update else (ROOT,)
-        self._last = [name for name in last if name in self._files]
 
-    def run(self, there: Mapping[str, int], on_bytes: Callable[[int, int], None]) -> Copied:
-        """Send what is not `there` yet."""
+    def run(self, there: Mapping[str, int], is_update: bool, on_bytes: _OnBytes) -> Copied:
+        """Send what is not there yet.
+
+        Args:
+            there: Sizes of the objects that are there.
+            is_update: Whether the archive, or a part of it, is there already.
+            on_bytes: As for `push`.
+        """
         files = self._files
+        # An archive with some of the sites may be there, which is read by its own index until the new one comes.
+        last = [name for name in ((SIDE_TABLES, INDEX, ROOT) if is_update else (ROOT,)) if name in files]
         to_send = [name for name in files if not (name in self._shards and there.get(name) == files[name])]
         done = BytesDone(sum(files.values()), on_bytes)
         done.add(done.total - sum(files[name] for name in to_send))
@@ -154,11 +165,18 @@ class _Push:
 
         with ThreadPoolExecutor(1, thread_name_prefix="residua-copy") as pool:
             begun = pool.submit(_begin, self._archive.plan, self._out.objects)
-            first = (name for name in to_send if name not in self._last)
+            first = [name for name in to_send if name not in last]
             sent = copy_files([FileWork(files[name], partial(send, name, begun)) for name in first])
             begun.result()
-        self._require_arrived()
-        sent += sum(send(name, begun) for name in self._last)
+            arrived = pool.submit(self._require_arrived, [name for name in files if name not in last])
+            if is_update or len(to_send) < len(files):  # the server has not confirmed all of it now
+                arrived.result()
+            sent += sum(send(name, begun) for name in last)
+            try:
+                arrived.result()
+            except StorageError:
+                self._out.objects.delete([ROOT])
+                raise
         self._out.objects.delete([_JOURNAL])
         return Copied(len(files), done.total, sent, tuple(self._notes))
 
@@ -170,9 +188,9 @@ class _Push:
         begun.result()
         self._out.objects.write(name, [self._root] if name == ROOT else self._small / name)
 
-    def _require_arrived(self) -> None:
+    def _require_arrived(self, names: Sequence[str]) -> None:
         there, objects = _listed(self._out.objects), self._out.objects
-        unseen = [name for name in self._files if name not in self._last and there.get(name) != self._files[name]]
+        unseen = [name for name in names if there.get(name) != self._files[name]]
         if lost := [name for name in unseen if objects.size(name) != self._files[name]]:  # a list may lag behind
             raise StorageError(f"{self._out} lacks {few(lost)}, or has not all of it: run the same command again")
 
@@ -320,7 +338,7 @@ def _shards_of(archive: Archive) -> dict[str, tuple[ArraySpec, int]]:
 
 def _shard_sizes(archive: Archive, shards: Mapping[str, tuple[ArraySpec, int]]) -> dict[str, int]:
     """Return the sizes that the records of an archive give to shard files."""
-    return {name: archive.commits[shard].arrays[spec.key].n_bytes for name, (spec, shard) in shards.items()}
+    return {name: file_record(archive.commits, spec.key, shard).n_bytes for name, (spec, shard) in shards.items()}
 
 
 def _small_sizes(folder: Path) -> dict[str, int]:

@@ -411,8 +411,8 @@ def _thawed(options: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
 def _connection(address: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of the store of an address."""
     client = {**_CLIENT, **options.get("client_options", {})}
-    said = {**os.environ, **options}
-    place = next((said[name] for name in _ENDPOINTS.get(scheme_of(address), ()) if name in said), address)
+    said = (options.get(name, os.environ.get(name)) for name in _ENDPOINTS.get(scheme_of(address), ()))
+    place = next((place for place in said if place is not None), address)
     if str(place).startswith("http://"):
         client.setdefault("allow_http", True)
     return {**options, "client_options": client, "retry_config": {**_RETRY, **options.get("retry_config", {})}}
@@ -420,7 +420,7 @@ def _connection(address: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _credentials() -> tuple[tuple[str, str], ...]:
     """Return what stores read from the environment, so that a store is made again when it changes."""
-    return tuple(sorted(item for item in os.environ.items() if item[0].startswith(_CREDENTIALS)))
+    return tuple((name, os.environ[name]) for name in sorted(os.environ) if name.startswith(_CREDENTIALS))
 
 
 @lru_cache(maxsize=64)

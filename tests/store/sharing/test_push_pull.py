@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 
 from residua.store.base.canonical import canonical_json
-from residua.store.base.errors import DamagedArchiveError, NotCapturedError, PlanError, UnknownSiteError
+from residua.store.base.errors import DamagedArchiveError, NotCapturedError, PlanError, StorageError, UnknownSiteError
 from residua.store.format.archive_metadata import is_archive, read_metadata, write_metadata
 from residua.store.read.archive import Archive
 from residua.store.read.remote_archive import RemoteArchive
@@ -22,6 +23,7 @@ from residua.store.sharing.push import push
 from residua.store.storage.objects import ObjectFolder
 from residua.store.verification.verify import verify
 from tests.servers.files import serving_files
+from tests.servers.proxy import proxied
 from tests.servers.s3 import S3Server
 from tests.store.small_archive import make_archive
 
@@ -135,6 +137,34 @@ def test_damage_is_not_copied(s3: S3Server, tmp_path: Path) -> None:
         pull(f"{server.url}/a.zarr", tmp_path / "copy.zarr")
     assert not is_archive(tmp_path / "copy.zarr")
     assert good.n_bytes
+
+
+def test_what_is_missing_at_the_end_makes_no_archive(s3: S3Server, tmp_path: Path) -> None:
+    source, lost = make_archive(tmp_path / "a.zarr"), "sites/q/1/c/1/0/0"
+    there, asked = ObjectFolder(s3.address("lost.zarr"), s3.options), []
+
+    def lose(method: str, path: str) -> None:
+        asked.append((method, urlsplit(path).path.endswith("/lost.zarr/zarr.json"), "list-type" in path))
+        if [is_list for _, _, is_list in asked].count(True) == 2 and asked[-1][2]:
+            there.delete([lost])  # which the server has just confirmed
+
+    def push_through() -> None:
+        asked.clear()
+        push(source, there.address, storage_options={**s3.options, "endpoint": proxy.url})
+
+    with proxied(s3.options["endpoint"]) as proxy:
+        proxy.fault = lose
+        with pytest.raises(StorageError, match=f"lacks {lost}"):
+            push_through()
+        with pytest.raises(FileNotFoundError):
+            RemoteArchive(there.address, storage_options=s3.options)
+        with pytest.raises(StorageError, match=f"lacks {lost}"):
+            push_through()
+        assert ("PUT", True, False) not in asked, "what was there before is listed before there is a root"
+        proxy.fault = lambda *_: None
+        push_through()
+    assert {entry.name for entry in there.list()} == content(source).keys()
+    assert verify(there.address, storage_options=s3.options).problems == []
 
 
 def test_what_is_not_finished_cannot_go(s3: S3Server, tmp_path: Path) -> None:
