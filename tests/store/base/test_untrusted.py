@@ -55,7 +55,15 @@ def test_links_and_impossible_names_are_outside(tmp_path: Path) -> None:
     (tmp_path / "in" / "link").symlink_to(tmp_path)
     assert is_inside(tmp_path / "in", tmp_path / "in" / "missing")
     assert not is_inside(tmp_path / "in", tmp_path / "in" / "link" / "x")
+    assert not is_inside(tmp_path / "in", tmp_path / "in" / "missing" / ".." / ".." / "x")
     assert not is_inside(tmp_path / "in", tmp_path / "in" / "a\0")
+    assert not is_inside(tmp_path / "in", tmp_path / "inner")
+    (tmp_path / "in" / "a").mkdir()
+    (tmp_path / "in" / "b").symlink_to("a")
+    assert is_inside(tmp_path / "in", tmp_path / "in" / "b" / "x")
+    assert is_inside(tmp_path / "in" / "link" / "in", tmp_path / "in" / "link" / "in" / "x")
+    (tmp_path / "in" / "a" / "out").symlink_to(tmp_path / "inner")
+    assert not is_inside(tmp_path / "in", tmp_path / "in" / "a" / "out" / "missing")
 
 
 def test_a_file_is_read_within_its_limit_only(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from residua.store.storage.files import sweep
 from residua.store.verification.report import Verification
 from residua.store.verification.verify import verify
 from tests.store.forging import without_index
+from tests.store.samples import flip_every_bit
 from tests.store.small_archive import HEIGHT, N_ROWS, N_SHARDS, files_of, is_same_json, make_archive, read_everything
 
 PRESETS = ("raw", "fast", "small", "int8-block32", "bitround10")
@@ -112,16 +113,6 @@ def outcome(read: Callable[[], object]) -> object:
         return error
 
 
-def every_bit(path: Path) -> Iterator[tuple[bytes, bytes]]:
-    """Put the file on disk with each of its bits flipped in turn; yield its content before and now."""
-    data = path.read_bytes()
-    for bit in range(8 * len(data)):
-        damaged = flipped(data, bit)
-        path.write_bytes(damaged)
-        yield data, damaged
-    path.write_bytes(data)
-
-
 @pytest.mark.parametrize("name", ["zarr.json", "sites/resid_post/0/zarr.json", "commits/00000001-0000.json"])
 def test_every_single_bit_of_the_metadata_counts(copy: Path, name: str) -> None:
     without_index(copy)
@@ -130,14 +121,14 @@ def test_every_single_bit_of_the_metadata_counts(copy: Path, name: str) -> None:
         "sites/resid_post/0/zarr.json": partial(open_array, copy, "sites/resid_post/0"),
         "commits/00000001-0000.json": partial(read_commits, copy, Archive(copy).plan.digest),
     }
-    sound = readers[name]()
-    for data, damaged in every_bit(copy / name):
+    sound, data = readers[name](), (copy / name).read_bytes()
+    for bit in flip_every_bit(copy / name):
         found = outcome(readers[name])
         if isinstance(found, ResiduaError):
             assert name in str(found)
         else:
             assert found == sound
-            assert is_same_json(data, damaged), f"{name} was read although it is {damaged!r}"
+            assert is_same_json(data, flipped(data, bit)), f"{name} was read although it is {flipped(data, bit)!r}"
 
 
 def test_bits_of_a_groups_metadata_count(copy: Path) -> None:
@@ -157,7 +148,7 @@ def test_every_single_bit_of_a_shard_counts(codec: str, tmp_path: Path) -> None:
     archive = Archive(make_archive(tmp_path / "a.zarr", codec))
     (spec,) = archive.plan.site("q.1").arrays(HEIGHT)
     path = tmp_path / "a.zarr/sites/q/1/c/2/0/0"
-    for _ in every_bit(path):
+    for _ in flip_every_bit(path):
         assert str(path) in str(outcome(partial(check_shard, path, spec, N_ROWS - 2 * HEIGHT)))
 
 
