@@ -1,7 +1,12 @@
-"""Settings of all tests."""
+"""Settings of all tests, and the S3 server that many share."""
+
+import gc
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
+
+from tests.servers.s3 import S3Server, serving_s3
 
 # No deadlines, because machines are shared. The same examples on every run: a test must not fail at random.
 settings.register_profile("residua", deadline=None, derandomize=True)
@@ -12,3 +17,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start with the files that have slow tests, so that no process is left alone with one at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """Spare every later garbage collection the million objects of what is imported, which stay until the end."""
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with serving_s3(tmp_path_factory.mktemp("s3")) as server:
+        yield server

@@ -17,7 +17,7 @@ from tests.pages import blocks, run
 from tests.ragged import MODEL, write_dataset
 from tests.servers.hub import HubServer, serving_hub
 from tests.servers.hub_client import use_hub
-from tests.servers.s3 import S3Server, serving_s3
+from tests.servers.s3 import S3Server
 
 pytestmark = [
     pytest.mark.timeout(300),
@@ -72,12 +72,6 @@ def test_publish_check_and_reproduce(
     commit = hub.repositories["datasets/org/acts"].branches["main"]
     assert f"hf://datasets/org/acts@{commit}" in shown
     assert "reproduced: every row is equal bit for bit" in shown
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with serving_s3(tmp_path_factory.mktemp("s3")) as server:
-        yield server
 
 
 def login(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:

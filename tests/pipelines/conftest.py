@@ -8,19 +8,12 @@ from transformers import PreTrainedModel
 from tests.models.tiny import TINY
 from tests.pipelines.forking import Forks, forking
 from tests.pipelines.small_capture import make_tokens
-from tests.servers.s3 import S3Server, serving_s3
 
 
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     with forking(tmp_path_factory.mktemp("logs")) as process:
         yield process
-
-
-@pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with serving_s3(tmp_path_factory.mktemp("s3")) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,11 @@
 
 import re
 import shutil
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from tests.servers.s3 import S3Server, serving_s3
 from tests.store.samples import Stored, make_spec, store
 from tests.store.small_archive import make_archive
 
@@ -42,9 +40,3 @@ def untouched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(untouched: Path, tmp_path: Path) -> Path:
     """A copy of `untouched` that a test may damage."""
     return Path(shutil.copytree(untouched, tmp_path / "a.zarr"))
-
-
-@pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with serving_s3(tmp_path_factory.mktemp("s3")) as server:
-        yield server

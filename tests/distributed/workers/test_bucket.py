@@ -4,7 +4,7 @@ import json
 import random
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from residua.store.storage.objects import ObjectFolder
 from tests.distributed.workers.forked_workers import LOST_SECONDS, SOON, ForkedWorkers, Start, launched
 from tests.ragged import capture_words, write_dataset
 from tests.servers.objects import check_same, files, objects
-from tests.servers.s3 import S3Server, serving_s3
+from tests.servers.s3 import S3Server
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -24,12 +24,6 @@ N_KILLS = 6
 SECONDS = 240.0
 """Time in which the kills have to happen."""
 SITES = ("--sites", "resid_post.3,q.2", "--dtype", "bfloat16")
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with serving_s3(tmp_path_factory.mktemp("s3")) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """An archive at an address in every job: the results are those of the same archive in its folder."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from residua.analysis.support.cluster import connect
 from residua.pipelines.cli.main import main
 from residua.store.storage.objects import ObjectFolder
 from tests.ragged import MODEL, write_dataset
-from tests.servers.s3 import S3Server, serving_s3
+from tests.servers.s3 import S3Server
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -31,16 +30,15 @@ class Both(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
+def both(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Both:
     folder = tmp_path_factory.mktemp("data")
     dataset = write_dataset(folder / "ragged.jsonl", 30, seed=3)
     sites = "resid_post.2-5,q.1"
     residua.capture_dataset(str(MODEL), str(dataset), out=folder / "a.zarr", sites=sites, rows_per_shard=128)
-    with serving_s3(tmp_path_factory.mktemp("s3")) as server:
-        address = server.address("a.zarr")
-        residua.push(folder / "a.zarr", address, storage_options=server.options, keep_paths=True)
-        there = residua.open(address, storage_options=server.options)
-        yield Both(residua.open(folder / "a.zarr"), there, server)
+    address = s3.address("addresses.zarr")
+    residua.push(folder / "a.zarr", address, storage_options=s3.options, keep_paths=True)
+    there = residua.open(address, storage_options=s3.options)
+    return Both(residua.open(folder / "a.zarr"), there, s3)
 
 
 def loaded() -> PreTrainedModel:
@@ -147,7 +145,7 @@ def test_the_command_line(
     both: Both, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     environment(both.server, monkeypatch)
-    address = both.server.address("a.zarr")
+    address = both.server.address("addresses.zarr")
 
     def shown(*words: str | Path) -> Any:
         assert main([*map(str, words), "--json"]) == 0
@@ -160,7 +158,7 @@ def test_the_command_line(
     pulled = shown("pull", address, tmp_path / "some.zarr", "--sites", "q.1")
     assert pulled["n_bytes"] == pulled["sent_bytes"]
     assert residua.open(tmp_path / "some.zarr").sites == ("q.1",)
-    pushed = shown("push", both.here.path, both.server.address("again.zarr"))
+    pushed = shown("push", both.here.path, both.server.address("addresses-again.zarr"))
     assert pushed["sent_bytes"] == pushed["n_bytes"]
     assert main(["info", both.server.address("nothing.zarr")]) == 2
     assert "nothing.zarr is not an archive" in capsys.readouterr().err

@@ -171,11 +171,11 @@ def test_what_is_not_finished_cannot_go(s3: S3Server, tmp_path: Path) -> None:
     source = make_archive(tmp_path / "a.zarr")
     write_metadata(source, replace(read_metadata(source), index=None))
     with pytest.raises(NotCapturedError, match="residua pack"):
-        push(source, s3.address("unfinished.zarr"), storage_options=s3.options)
+        push(source, s3.address("unfinished-push.zarr"), storage_options=s3.options)
 
 
 def test_killed_at_random_moments_both_go_on(s3: S3Server, tmp_path: Path) -> None:
-    source, address, out = make_archive(tmp_path / "a.zarr"), s3.address("killed.zarr"), tmp_path / "back.zarr"
+    source, address, out = make_archive(tmp_path / "a.zarr"), s3.address("killed-push.zarr"), tmp_path / "back.zarr"
     moments, context = random.Random(3), multiprocessing.get_context("forkserver")  # so that each starts at once
     context.set_forkserver_preload(["residua.store.sharing.push", "residua.store.sharing.pull"])
     copies: list[tuple[Callable[..., object], tuple[object, object]]] = [
