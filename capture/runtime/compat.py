@@ -223,7 +223,7 @@ ADAPTER_STATE = {"active adapters": "_active_adapter", "adapters disabled": "_di
 """The attributes of a layer with adapters, of either kind that PEFT has, that say which are on."""
 
 
-def has_state_without_length(model: nn.Module) -> bool:
+def has_state_without_length(model: object) -> bool:
     """Return whether a model keeps a state, such as Mamba's, that does not say how many positions it holds.
 
     transformers has no public attribute for it.

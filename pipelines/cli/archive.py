@@ -113,7 +113,9 @@ def _add_annotate(commands: Any) -> None:
     parser = add_command(commands, "annotate", _annotate, text, description)
     add_archive(parser)
     parser.add_argument(
-        "file", nargs="?", help="the file, or its address: .csv, .parquet or .jsonl, with a line an example or row"
+        "file",
+        nargs="?",
+        help="the file, or its address: .csv, .parquet or .jsonl, with a line for each example or row",
     )
     text = "column by which lines are matched: example, row, or a column of the examples such as source_index"
     add_flag(parser, "--key", text, "example", metavar="COLUMN")
@@ -135,8 +137,8 @@ def _add_addresses(commands: Any) -> None:
     add_archive(push)
     push.add_argument("address", help=_ADDRESS_HELP)
     add_switch(push, "--public", "on the Hub: let everybody see a repository that is made now", "only you see it")
-    paths = "keep absolute paths of this machine in the copy's provenance (default: their last part alone)"
-    add_switch(push, "--keep-paths", paths)
+    paths = "keep absolute paths of this machine in the copy's provenance"
+    add_switch(push, "--keep-paths", paths, "their last part alone")
     _add_licences(push)
     text = "write the card of an archive: its README.md and croissant.json"
     description = (
@@ -146,7 +148,7 @@ def _add_addresses(commands: Any) -> None:
     )
     card = add_command(commands, "card", _card, text, description)
     add_archive(card)
-    address = "hf://datasets/ORG/NAME[/FOLDER] for which it is (default: ORG/NAME to fill in)"
+    address = "address that the card is for, hf://datasets/ORG/NAME[/FOLDER] (default: ORG/NAME to fill in)"
     card.add_argument("--address", metavar="ADDRESS", help=address)
     add_switch(card, "--print", "print the README.md, and write nothing")
     add_switch(card, "--force", "write over a README.md that somebody edited")
@@ -158,12 +160,12 @@ def _add_addresses(commands: Any) -> None:
     )
     pull = add_command(commands, "pull", _pull, text, description)
     pull.add_argument("address", help=_ADDRESS_HELP)
-    pull.add_argument("out", help="folder that it becomes")
+    pull.add_argument("out", help="folder of the copy, which is made")
     add_flag(pull, "--sites", f"{SITES_HELP} (default: all)")
 
 
 def _add_licences(parser: argparse.ArgumentParser) -> None:
-    licence = "for the card, an identifier such as cc-by-4.0 (default: the card says that it is not known)"
+    licence = "as the card gives it, such as cc-by-4.0 (default: the card says that it is not known)"
     for flag, what in (("--license", "activations"), ("--model-license", "model"), ("--text-license", "text")):
         add_flag(parser, flag, f"licence of the {what}, {licence}")
 

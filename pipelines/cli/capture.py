@@ -35,7 +35,7 @@ def add(commands: Any) -> None:
         ("config", "YAML or JSON file with any of these settings; flags take precedence (default: none)"),
     ):
         parser.add_argument(f"--{name}", help=meaning)
-    add = "sites to capture into a finished archive that lacks them; all other flags as for its capture (default: none)"
+    add = "sites to add to a finished archive; give all other flags as for its capture (default: none)"
     parser.add_argument("--add-sites", metavar="SITES", help=add)
     of_dataset = fields(DatasetSettings)
     add_settings(parser.add_argument_group("what is captured, and how"), fields(CaptureSettings)[len(of_dataset) :])

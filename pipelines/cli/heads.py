@@ -110,7 +110,7 @@ def _add_heads(commands: Any) -> None:
     text = "measure what every attention head looks at, and write the files that HeadVis's page opens"
     description = (
         "Compute the six measures of HeadVis for every attention head from stored queries and keys or patterns: "
-        "self-attention, previous token, entropy, distance of query and key and its variance, induction. Writes a "
+        "self-attention, previous token, entropy, distance from query to key and its variance, induction. Writes a "
         "table, a picture and the JSON tree that HeadVis's page opens."
     )
     parser = add_command(commands, "heads", _heads, text, description)

@@ -61,7 +61,7 @@ def add(commands: Any) -> None:
         "documents alone; example: each example for itself; default: none)"
     )
     add_flag(parser, "--group", text, metavar="COLUMN")
-    text = "regress token ids, or texts by their alphabetical rank, although such numbers have no size"
+    text = "regress token ids, or texts by their alphabetical rank, although such numbers measure nothing"
     add_switch(parser, "--as-numbers", text)
     add_flag(parser, "--seed", "random seed for the held-out split and for the control", 0)
     add_results(parser, "the files", "ARCHIVE-probe-TARGET")

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 def add(commands: Any) -> None:
     """Add the commands."""
-    text = "norms, moments, outlier channels and principal components of every site"
-    description = f"Compute {text}, by channel and by position. Writes tables and a picture."
+    text = "compute norms, moments, outlier channels and principal components of every site"
+    description = f"{text[0].upper()}{text[1:]}, by channel and by position. Writes tables and a picture."
     parser = add_command(commands, "stats", _stats, text, description)
     add_archive(parser)
     add_flag(parser, "--sites", SITES_HELP, "*")
@@ -62,7 +62,7 @@ def _add_page(commands: Any) -> None:
         "scores of heads: folder or address of what residua heads or residua induction wrote (default: none)",
         metavar="PATH",
     )
-    add_flag(parser, "--examples", "number of examples, spread evenly; those of the strongest rows come besides", 1000)
+    add_flag(parser, "--examples", "number of examples, spread evenly; those of the strongest rows are added", 1000)
     add_flag(parser, "--tokens", "tokens to show of an example, from its first one on", 256)
     add_flag(parser, "-k", "rows to show at either end of each measure", 20)
     add_flag(parser, "--lens-examples", "number of examples with read-outs of the lens", 100)

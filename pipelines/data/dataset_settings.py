@@ -51,11 +51,12 @@ class DatasetSettings:
     )
     image_column: str | None = setting(
         None,
-        "column with images, which a vision-language model gets with the text (default: none; for models that take "
-        "images alone image, images or img)",
+        "column with images, which a vision-language model gets with the text (default: none; image, images or img for "
+        "models that take images alone)",
     )
     image_folder: str | None = setting(
-        None, "folder of the images that a column names by path, which no path may leave (default: the dataset's own)"
+        None,
+        "folder of the images that a column names by path; no path may leave it (default: the dataset's own)",
     )
     max_image_pixels: int = setting(2**26, "most pixels of an image; larger ones are refused before decoding")
     target_column: str | None = setting(
@@ -127,7 +128,8 @@ class DatasetSettings:
     )
     generation_kwargs: str | Mapping[str, Any] | None = setting(
         None,
-        "with --generate: JSON object, more settings of generation: '{\"repetition_penalty\": 1.1}' (default: none)",
+        "with --generate: more settings of generation, as a JSON object: '{\"repetition_penalty\": 1.1}' "
+        "(default: none)",
     )
 
     def __post_init__(self) -> None:

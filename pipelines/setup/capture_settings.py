@@ -55,7 +55,7 @@ class CaptureSettings(DatasetSettings):
         True,
         "store full rows of a model under tensor parallelism; with --no-gather each process stores its own columns",
     )
-    batch_tokens: int = setting(8192, "most token positions of one batch, padding included")
+    batch_tokens: int = setting(8192, "largest number of token positions in a batch, padding included")
     model_dtype: str = setting("auto", f"data type to compute in: auto (the checkpoint's), {', '.join(FLOATS)}")
     attn_implementation: str | None = setting(
         None, "attention implementation of transformers: eager, sdpa, ... (default: the model's own)"

@@ -24,9 +24,9 @@ with locked(Path(sys.argv[1]), join={"port": 7}):
 """
 
 
-def refusal(archive: Path, match: str, **options: float) -> ArchiveInUseError:
+def refusal(archive: Path, match: str, *, name_seconds: float = 5.0) -> ArchiveInUseError:
     """Return the error that a second run gets."""
-    with pytest.raises(ArchiveInUseError, match=match) as caught, locked(archive, **options):
+    with pytest.raises(ArchiveInUseError, match=match) as caught, locked(archive, name_seconds=name_seconds):
         pytest.fail("two runs")
     return caught.value
 
