@@ -261,7 +261,7 @@ def fit_logistic(
         return columns[:-2], columns[-2], columns[-1]
 
     def weights_at(numbers: Sequence[int], points: Sequence[Floats]) -> Floats:
-        """Return the weights of several problems side by side, turned at once: the basis is large."""
+        """Return the weights of several problems side by side, rotated at once: the basis is large."""
         along, rest, of_bias = lengths_of(numbers)
         weights = np.hstack([point.reshape(width + 1, -1) for point in points])
         weights[:-1] = basis.weights(weights[:-1], along, rest)

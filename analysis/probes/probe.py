@@ -192,7 +192,7 @@ def _by_site(jobs: Sequence[SiteRows], cluster: Cluster, label: str, bar: PassBa
         sites[number].moved(n_passes)
         bar.loss(loss)
 
-    for number, found in cluster.map(_fit_whole, jobs, label=label, heard=hear):
+    for number, found in cluster.map(_fit_whole, jobs, label=label, on_report=hear):
         sites[number].done()
         yield number, found
 

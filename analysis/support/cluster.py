@@ -35,7 +35,7 @@ Job = TypeVar("Job")
 Term = TypeVar("Term")
 Advance = Callable[[float], object]
 """Takes the share of a piece of work that was done since the last call."""
-Heard = Callable[[int, tuple[float, ...]], object]
+OnReport = Callable[[int, tuple[float, ...]], object]
 """Takes the number of a job and what the job reports."""
 Result = TypeVar("Result")
 
@@ -67,7 +67,7 @@ class Cluster(Protocol):
         jobs: Sequence[Job],
         *,
         label: str,
-        heard: Heard | None = None,
+        on_report: OnReport | None = None,
     ) -> Iterator[tuple[int, Result]]:
         """Yield the number and the result of each job as it completes, in any order.
 
@@ -78,8 +78,9 @@ class Cluster(Protocol):
             function: Called with one job on a worker: a module-level function, or a `functools.partial` of one.
             jobs: Small objects, for example paths and `Block`s.
             label: Text of the progress bar.
-            heard: Draw no bar. Instead, a job gets as its second argument a function that sends numbers here, to report
-                its progress; `heard` is called with the number of the job and with them, soon and in any thread.
+            on_report: Draw no bar. Instead, a job gets as its second argument a function that sends numbers here, to
+                report its progress; `on_report` is called with the number of the job and with them, soon and in any
+                thread.
 
         Raises:
             AnalysisError: A job failed (the cause is chained), or every worker that tried it died. The other jobs are
@@ -192,12 +193,12 @@ class _Inline:
         jobs: Sequence[Job],
         *,
         label: str,
-        heard: Heard | None = None,
+        on_report: OnReport | None = None,
     ) -> Iterator[tuple[int, Result]]:
-        with _bar(label, len(jobs), shown=self._shown and heard is None) as bar:
+        with _bar(label, len(jobs), shown=self._shown and on_report is None) as bar:
             for number, job in enumerate(jobs):
                 with one_thread(), _failing(label, number):
-                    result = function(job) if heard is None else function(job, partial(heard, number))
+                    result = function(job) if on_report is None else function(job, partial(on_report, number))
                 return_freed_memory()
                 bar.update()
                 yield number, result
@@ -246,7 +247,7 @@ class _Distributed:
         self.n_workers = sum(worker["nthreads"] for worker in workers)
         # A worker without a limit is assumed to have as much memory as this machine.
         self.memory_limit = min((worker["memory_limit"] or MEMORY_LIMIT) // worker["nthreads"] for worker in workers)
-        self._heard: dict[str, Heard] = {}  # by topic
+        self._on_report: dict[str, OnReport] = {}  # by topic
         self._subscribing = Lock()
 
     def map(
@@ -255,22 +256,22 @@ class _Distributed:
         jobs: Sequence[Job],
         *,
         label: str,
-        heard: Heard | None = None,
+        on_report: OnReport | None = None,
     ) -> Iterator[tuple[int, Result]]:
         waiting = iter(enumerate(jobs))
         numbers: dict[Any, int] = {}  # of the jobs, by future
         completed = _dask.as_completed(loop=self._client.loop)
-        topic = "" if heard is None else self._subscribe(heard)
+        topic = "" if on_report is None else self._subscribe(on_report)
 
         def submit(n_jobs: int) -> None:
             for number, job in islice(waiting, n_jobs):
-                said = () if heard is None else (_Report(topic, number),)
+                said = () if on_report is None else (_Report(topic, number),)
                 future = self._client.submit(_run_on_worker, function, job, *said, flags=names_flags(), pure=False)
                 numbers[future] = number
                 completed.add(future)
 
         try:
-            with _bar(label, len(jobs), shown=self._shown and heard is None) as bar:
+            with _bar(label, len(jobs), shown=self._shown and on_report is None) as bar:
                 submit(_JOBS_PER_WORKER * self.n_workers)
                 for future in completed:
                     number = numbers.pop(future)
@@ -283,22 +284,22 @@ class _Distributed:
                     bar.update()
                     yield number, result
         finally:
-            self._heard.pop(topic, None)
+            self._on_report.pop(topic, None)
             self._client.cancel(list(numbers))
 
-    def _subscribe(self, heard: Heard) -> str:
-        """Call `heard` with what jobs report under the name that is returned."""
+    def _subscribe(self, on_report: OnReport) -> str:
+        """Call `on_report` with what jobs report under the name that is returned."""
         name = uuid4().hex
         with self._subscribing:
-            if not self._heard:
-                self._client.subscribe_topic(_TOPIC, self._hear)
-            self._heard[name] = heard
+            if not self._on_report:
+                self._client.subscribe_topic(_TOPIC, self._pass_on)
+            self._on_report[name] = on_report
         return name
 
-    def _hear(self, event: tuple[float, tuple[str, int, tuple[float, ...]]]) -> None:
+    def _pass_on(self, event: tuple[float, tuple[str, int, tuple[float, ...]]]) -> None:
         name, number, report = event[1]
-        if heard := self._heard.get(name):  # the topic is that of all who use the scheduler
-            heard(number, tuple(report))
+        if on_report := self._on_report.get(name):  # the topic is that of all who use the scheduler
+            on_report(number, tuple(report))
 
     def send(self, value: Any) -> Any:
         # As the result of a task, it is there again when the workers that had it are gone; scattered data are not.

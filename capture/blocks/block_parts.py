@@ -1,9 +1,9 @@
 """The parts of a block: which modules give what it adds to the residual stream, found by the values of one run.
 
-A block takes a stream ``x`` and returns ``y``. In between it adds, in one to three stages. In each stage one output of
-a module in it, or two, times factors, are added to the stream. The sum is seen where
+A block takes a stream ``x`` and returns ``y``. In between it makes one to three additions: each adds one output of a
+module in it, or two, times factors, to the stream. The sum is seen where
 
-* a module takes it (a norm before the next stage: the stream is the sum itself), or
+* a module takes it (a norm before the next addition: the stream is the sum itself), or
 * a module takes it whose output is the stream from there on (a norm after the sum), or
 * the block returns it.
 
@@ -21,7 +21,7 @@ from residua.capture.blocks.block_run import BlockRun, Event
 from residua.capture.blocks.sums import factors_of, likely_sets, nearest
 
 _SEARCHES = (
-    # (summands of each stage, whether the stream may have a factor): what is common comes first
+    # (summands of each addition, whether the stream may have a factor): what is common comes first
     ((1, 1), False),
     ((1, 1, 1), False),
     ((2, 1), False),
@@ -63,7 +63,7 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class Addition:
     """A sum in a block.
 
     Attributes:
@@ -87,25 +87,25 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The parts of one block, stage by stage."""
+    """The parts of one block, by the additions that they are in."""
 
-    stages: tuple[Stage, ...]
+    additions: tuple[Addition, ...]
 
     @property
     def all(self) -> tuple[Part, ...]:
-        """The parts of all stages."""
-        return tuple(part for stage in self.stages for part in stage.parts)
+        """The parts of all additions."""
+        return tuple(part for addition in self.additions for part in addition.parts)
 
     @property
     def paths(self) -> set[str]:
         """The modules that matter."""
-        places = {path for stage in self.stages for path in (stage.base, stage.total)}
+        places = {path for addition in self.additions for path in (addition.base, addition.total)}
         return {path for path in places | {part.path for part in self.all} if path}
 
     @property
     def shape(self) -> tuple[tuple[int, bool], ...]:
-        """How many parts each stage has, and whether a norm comes before it."""
-        return tuple((len(stage.parts), stage.is_taken) for stage in self.stages)
+        """How many parts each addition has, and whether a norm comes before it."""
+        return tuple((len(addition.parts), addition.is_taken) for addition in self.additions)
 
 
 def parts_of(run: BlockRun, guess: Parts | None = None) -> Parts | None:
@@ -127,7 +127,7 @@ def parts_of(run: BlockRun, guess: Parts | None = None) -> Parts | None:
 
 @dataclass(frozen=True)
 class _Stream:
-    """The residual stream at a time in a block; see `Stage`."""
+    """The residual stream at a time in a block; see `Addition`."""
 
     values: Tensor
     time: int
@@ -141,9 +141,9 @@ def _find(run: BlockRun, left: Tensor) -> Parts | None:
     of_three = sorted(_SEARCHES, key=lambda search: search[0] != _OF_A_DECODER)
     for counts, scaled in of_three if len(run.attention) > 1 else _SEARCHES:
         for begin in _beginnings(run):
-            stages = next(_chains(run, left, begin, counts, scaled), None)
-            if stages is not None:
-                return Parts(stages=stages)
+            additions = next(_chains(run, left, begin, counts, scaled), None)
+            if additions is not None:
+                return Parts(additions=additions)
     return None
 
 
@@ -169,33 +169,33 @@ def _given(run: BlockRun, taken: Event, before: int | None) -> Iterator[_Stream]
 
 def _chains(
     run: BlockRun, left: Tensor, stream: _Stream, counts: Sequence[int], scaled: bool
-) -> Iterator[tuple[Stage, ...]]:
-    """Yield the stages from a stream to what the block returns, with so many parts in each."""
+) -> Iterator[tuple[Addition, ...]]:
+    """Yield the additions from a stream to what the block returns, with so many parts in each."""
     if len(counts) == 1:
-        yield from ((stage,) for stage in _last_stages(run, left, stream, counts[0], scaled))
+        yield from ((addition,) for addition in _last_additions(run, left, stream, counts[0], scaled))
         return
     for taken in run.inputs:
         if taken.time <= stream.time or torch.equal(taken.values, stream.values):
             continue
-        for stage in _stages(run, stream, taken.values, taken.path, counts[0], scaled, before=taken.time):
+        for addition in _additions(run, stream, taken.values, taken.path, counts[0], scaled, before=taken.time):
             after = [_Stream(taken.values, taken.time, taken.path, is_taken=True, flat=taken.flat)]
             for following in (*after, *_given(run, taken, None)):
                 for rest in _chains(run, left, following, counts[1:], scaled):
-                    yield (stage, *rest)
+                    yield (addition, *rest)
 
 
-def _last_stages(run: BlockRun, left: Tensor, stream: _Stream, count: int, scaled: bool) -> Iterator[Stage]:
-    yield from _stages(run, stream, left, "", count, scaled, before=None)
+def _last_additions(run: BlockRun, left: Tensor, stream: _Stream, count: int, scaled: bool) -> Iterator[Addition]:
+    yield from _additions(run, stream, left, "", count, scaled, before=None)
     for taken in run.inputs:
         gives = (event for event in run.outputs if event.path == taken.path and event.time > taken.time)
         if taken.time > stream.time and any(torch.equal(event.values, left) for event in gives):
-            yield from _stages(run, stream, taken.values, taken.path, count, scaled, before=taken.time)
+            yield from _additions(run, stream, taken.values, taken.path, count, scaled, before=taken.time)
 
 
-def _stages(
+def _additions(
     run: BlockRun, stream: _Stream, total: Tensor, path: str, count: int, scaled: bool, *, before: int | None
-) -> Iterator[Stage]:
-    """Yield the stages that make `total` of a stream, with the latest outputs first."""
+) -> Iterator[Addition]:
+    """Yield the additions that make `total` of a stream, with the latest outputs first."""
     events = [e for e in run.outputs if e.time > stream.time and (before is None or e.time < before)]
     events = [event for event in events if not torch.equal(event.values, total)]
     if scaled:
@@ -214,7 +214,7 @@ def _stages(
             Part(path=event.path, time=event.time, factor=factor, flat=event.flat)
             for event, factor in zip(chosen, exact[1:], strict=True)
         )
-        yield Stage(
+        yield Addition(
             base=stream.path,
             is_taken=stream.is_taken,
             base_factor=exact[0],
@@ -255,16 +255,16 @@ def _numbers_in(run: BlockRun) -> Iterator[float]:
 
 def _described(run: BlockRun, parts: Parts) -> Parts:
     """Say for which parts attention is computed."""
-    stages = list(parts.stages)
-    for number, stage in enumerate(stages):
-        end = stages[number + 1].begin if number + 1 < len(stages) else None
-        calls = [path for time, path in run.attention if time > stage.begin and (end is None or time < end)]
-        described = [_with_equals(run, part) for part in stage.parts]
-        is_alone = len(described) == 1 and len(stages) > 1
+    additions = list(parts.additions)
+    for number, addition in enumerate(additions):
+        end = additions[number + 1].begin if number + 1 < len(additions) else None
+        calls = [path for time, path in run.attention if time > addition.begin and (end is None or time < end)]
+        described = [_with_equals(run, part) for part in addition.parts]
+        is_alone = len(described) == 1 and len(additions) > 1
         own = ([call for call in calls if is_alone or part.holds(call)] for part in described)
         marked = (replace(p, attends=bool(of), calls=tuple(of)) for p, of in zip(described, own, strict=True))
-        stages[number] = replace(stage, parts=tuple(marked))
-    return replace(parts, stages=tuple(stages))
+        additions[number] = replace(addition, parts=tuple(marked))
+    return replace(parts, additions=tuple(additions))
 
 
 def _with_equals(run: BlockRun, part: Part) -> Part:
@@ -273,13 +273,13 @@ def _with_equals(run: BlockRun, part: Part) -> Part:
     return replace(part, also=tuple(also))
 
 
-def activation_of(run: BlockRun, stage: Stage, mlp: Part) -> str | None:
+def activation_of(run: BlockRun, addition: Addition, mlp: Part) -> str | None:
     """Return the last linear map of an MLP, whose output is the part or becomes it in one more module."""
     values = next(event.values for event in run.outputs if event.time == mlp.time)
     linear = None
     for event in run.outputs:
         weight = getattr(run.module.get_submodule(event.path), "weight", None)
-        if not stage.begin < event.time <= mlp.time or not isinstance(weight, Tensor) or weight.ndim != 2:
+        if not addition.begin < event.time <= mlp.time or not isinstance(weight, Tensor) or weight.ndim != 2:
             continue
         if torch.equal(event.values, values) or _becomes(run, event, values):
             linear = event.path

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from residua.capture.blocks.block_parts import Part, Stage
+from residua.capture.blocks.block_parts import Addition, Part
 from residua.capture.blocks.block_run import BlockRun, Event, ExpertsCall, TorchCall
 from residua.capture.blocks.sums import factors_of, is_sum, nearest, shows
 from residua.capture.hooks.site import SiteInfo, Via
@@ -73,14 +73,14 @@ class Experts:
     problems: Mapping[str, str]
 
 
-def experts_in(run: BlockRun, stages: Sequence[Stage]) -> Experts:
+def experts_in(run: BlockRun, additions: Sequence[Addition]) -> Experts:
     """Find the mixture of experts of a block.
 
     Args:
         run: A run of the block.
-        stages: What the block adds to the residual stream.
+        additions: What the block adds to the residual stream.
     """
-    if not run.experts and (choice := _choice(run, stages)) is not None:
+    if not run.experts and (choice := _choice(run, additions)) is not None:
         return _of_choice(run, *choice)
     if len(run.experts) != 1:
         what = f"runs {len(run.experts)} modules of" if run.experts else "has no module of"
@@ -105,7 +105,7 @@ def experts_in(run: BlockRun, stages: Sequence[Stage]) -> Experts:
         spots["router_logits"] = Spot(path=last.path, via="linear", index=last.number, shape=shape, dtype=dtype)
     else:
         problems["router_logits"] = f"no linear map in {run.path} gives an entry for each expert"
-    return _with_outputs(run, call.path, stages, Experts(spots=spots, problems=problems))
+    return _with_outputs(run, call.path, additions, Experts(spots=spots, problems=problems))
 
 
 def _may_be_logits(values: Tensor, call: ExpertsCall, n_experts: int | None) -> bool:
@@ -131,11 +131,13 @@ def _number_of_experts(module: nn.Module) -> int | None:
     return int(stacks[0].shape[0]) if stacks else None
 
 
-def _choice(run: BlockRun, stages: Sequence[Stage]) -> tuple[Part, TorchCall, TorchCall] | None:
+def _choice(run: BlockRun, additions: Sequence[Addition]) -> tuple[Part, TorchCall, TorchCall] | None:
     """Return the MLP that chooses experts by itself, the linear map of its router and the choice; None if none does."""
     found = []
     for call in run.calls["choice"]:
-        parts = (part for stage in stages for part in stage.parts if not part.attends and part.holds(call.path))
+        parts = (
+            part for addition in additions for part in addition.parts if not part.attends and part.holds(call.path)
+        )
         part = next(parts, None)
         if part is None or call.taken.ndim != _TOKENS_AS_ONE_AXIS or call.values.numel() == call.taken.numel():
             continue
@@ -193,12 +195,12 @@ def _differs_by_bias(total: Tensor, routed: Tensor) -> bool:
     return bool(routed.abs().amax() > 0) and bool(((rest - rest[:1, :1]).abs() <= slack).all())
 
 
-def _with_outputs(run: BlockRun, path: str, stages: Sequence[Stage], experts: Experts) -> Experts:
+def _with_outputs(run: BlockRun, path: str, additions: Sequence[Addition], experts: Experts) -> Experts:
     """Add what the experts give: the routed ones, and the shared one if there is one."""
     routed = next((event for event in run.outputs if event.path == path), None)
-    places = ((stage, part) for stage in stages for part in stage.parts if part.holds(path))
-    stage, whole = next(places, (None, None))
-    if routed is None or stage is None or whole is None:
+    places = ((addition, part) for addition in additions for part in addition.parts if part.holds(path))
+    addition, whole = next(places, (None, None))
+    if routed is None or addition is None or whole is None:
         reason = f"what the experts of {run.path} give does not add up to what it adds; use module:{run.path}.{path}"
         problems = dict.fromkeys(("routed_out", "shared_out"), reason)
         return replace(experts, problems={**experts.problems, **problems})
@@ -209,7 +211,7 @@ def _with_outputs(run: BlockRun, path: str, stages: Sequence[Stage], experts: Ex
         spots["routed_out"] = _output(routed, factors[0] * whole.factor)
     else:
         problems["routed_out"] = f"what the experts of {run.path} give does not add up to {whole.path}"
-    beside = [part for part in stage.parts if part is not whole and not part.attends]
+    beside = [part for part in addition.parts if part is not whole and not part.attends]
     if beside:
         event = next(event for event in run.outputs if event.time == beside[0].time)
         spots["shared_out"] = _output(event, beside[0].factor)

@@ -4,8 +4,8 @@ New tokens need the prompt's keys and values in every block, also in the blocks 
 the prompt in full, the stored rows replace what it computes, and generation continues from there.
 
 transformers divides the tokens among forward passes as its settings say: the prompt at once or in chunks, one new token
-a pass or several, or every token again without a cache. `_Placement` finds out which tokens a pass computes, from the
-length of the cache, and `_GenerationSteps` changes those tokens.
+a pass or several, or every token again without a cache. `_PassPositions` finds out which tokens a pass computes, from
+the length of the cache, and `_GenerationSteps` changes those tokens.
 """
 
 import copy
@@ -116,7 +116,7 @@ def generate(
                 if steps.sites:
                     infos = replayer.infos(steps.sites)
                     stack.enter_context(tap(replayer.model, infos, steps.change, tensor_parallel=replayer.group))
-                    begun = core.register_forward_pre_hook(steps.placement.begin_pass, with_kwargs=True)
+                    begun = core.register_forward_pre_hook(steps.positions.begin_pass, with_kwargs=True)
                     stack.callback(begun.remove)
                 padded = batch.padded
                 generated: Tensor = core.generate(
@@ -228,7 +228,7 @@ class _Window:
     n_copies: int
 
 
-class _Placement:
+class _PassPositions:
     """Finds out which positions each forward pass computes.
 
     Args:
@@ -289,12 +289,12 @@ class _GenerationSteps:
     """Changes the tokens that a forward pass computes: those of the prompts, and new ones if they are edited too.
 
     Attributes:
-        placement: Says which tokens these are; it has to know when a pass begins.
+        positions: Says which tokens these are; it has to know when a pass begins.
         sites: The sites that change.
     """
 
     def __init__(self, replayer: Replayer, batch: PlanBatch, *, edit_new_tokens: bool) -> None:
-        self.placement = _Placement(batch)
+        self.positions = _PassPositions(batch)
         self._replayer = replayer
         self._batch = batch
         self._n_prompt = batch.n_positions
@@ -309,7 +309,7 @@ class _GenerationSteps:
 
     def change(self, name: str, tensor: Tensor) -> Tensor:
         """Change the tensor of a site."""
-        window = self.placement.window(tensor.shape[1])
+        window = self.positions.window(tensor.shape[1])
         if name in self._replayer.start.sites:
             taken, source = self._inside(self._stored.source, window)
             if len(taken):

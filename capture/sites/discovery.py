@@ -35,7 +35,7 @@ from residua.capture.sites.part_sites import (
     latent_site,
     sites_of,
 )
-from residua.capture.sites.part_trials import parts_that_mix, routers_that_decide, stages_that_fail
+from residua.capture.sites.part_trials import additions_that_fail, parts_that_mix, routers_that_decide
 from residua.capture.sites.shape_probe import measure_sites, probes_of, run_probe, without_rows
 from residua.store.base.errors import CaptureError
 from residua.store.format.site_names import CROSS_KINDS, LAYER_KINDS
@@ -202,7 +202,7 @@ def _parts(
     }
     blocks = {path: seen[path].parts for path in streams}
     proved = {path: parts for path, parts in blocks.items() if parts is not None}
-    failed = stages_that_fail(model, proved) if proved else {}
+    failed = additions_that_fail(model, proved) if proved else {}
     mixing = parts_that_mix(model, {path: proved[path] for path in proved if not seen[path].is_told_apart})
     decide = routers_that_decide(model, {path: seen[path].experts for path in seen})
     for layer, path in enumerate(anatomy.blocks):

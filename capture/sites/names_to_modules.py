@@ -363,17 +363,17 @@ def _reasons_in_stacks(model: nn.Module, patterns: Iterable[str], looked_for: Ma
     stacks = [stack for stack in stacks_of(model) if stack.name in heads or not heads & set(STACKS)]
     core = core_of(model)
     name = getattr(getattr(core, "config", None), "model_type", type(core).__name__)
-    told = []
+    lines = []
     for stack in stacks:
         infos = [info for info in looked_for.values() if info.site.stack == stack.name and info.site.kind in kinds]
         remedy = f"use module: sites, for example 'module:{_first_block(stack)}@output'"
         if not infos:
-            told.append(f" {stack.name}: the {stack.name} of {name!r} has none of these; {remedy}.")
+            lines.append(f" {stack.name}: the {stack.name} of {name!r} has none of these; {remedy}.")
         lacking: dict[str, SiteInfo] = {}
         for info in sorted(infos, key=lambda info: info.name not in words):  # what was asked for first
             if info.problem:
                 lacking.setdefault(info.site.kind, info)
-        told.append(
+        lines.append(
             _each_once(
                 {
                     f"{stack.name}.{kind}": f"{info.name} of {name!r}: {info.problem.rstrip('.')}; {remedy}"
@@ -381,7 +381,7 @@ def _reasons_in_stacks(model: nn.Module, patterns: Iterable[str], looked_for: Ma
                 }
             )
         )
-    return "".join(told)
+    return "".join(lines)
 
 
 def _first_block(stack: Stack) -> str:

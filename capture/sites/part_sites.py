@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from residua.capture.blocks.block_parts import Part, Parts, Stage, activation_of, parts_of
+from residua.capture.blocks.block_parts import Addition, Part, Parts, activation_of, parts_of
 from residua.capture.blocks.block_run import BlockRun
 from residua.capture.blocks.experts import EXPERT_KINDS, Experts, Spot, experts_in
 from residua.capture.blocks.latents import latent_in
@@ -80,16 +80,16 @@ class PartFinder:
         parts = parts_of(run, self._known.get(kind))
         if parts is not None:
             self._known[kind] = parts
-        stages = () if parts is None else parts.stages
-        found = {part.path: activation_of(run, stage, part) for stage in stages for part in stage.parts}
-        attends = [part for stage in stages for part in stage.parts if part.attends]
+        additions = () if parts is None else parts.additions
+        found = {part.path: activation_of(run, addition, part) for addition in additions for part in addition.parts}
+        attends = [part for addition in additions for part in addition.parts if part.attends]
         return BlockParts(
             path=run.path,
             row_shape=tuple(run.entered.shape[2:]),
             dtype=run.entered.dtype,
             parts=parts,
             activations={part: (path, *run.shapes[path]) for part, path in found.items() if path is not None},
-            experts=experts_in(run, stages),
+            experts=experts_in(run, additions),
             latent=latent_in(run),
             stray_attention=bool(run.attention) and not attends,
             cross=self._cross.get(run.path, "").removeprefix(f"{run.path}."),
@@ -109,7 +109,7 @@ def sites_of(
         layer: Number of the block.
         block: Its parts.
         mixing: Paths of the parts that carry something from one position to another.
-        failed: Numbers of the stages whose sum does not follow other values.
+        failed: Numbers of the additions whose sum does not follow other values.
         modules: The modules of the model.
 
     Returns:
@@ -118,7 +118,7 @@ def sites_of(
     if block.parts is None:
         problem = f"no outputs of modules in {block.path} were found that add up to what it adds to its input"
         return [lacking(f"{kind}.{layer}", block.path, problem) for kind in PART_KINDS]
-    if len(block.parts.stages) > 1 and not mixing and not any(part.attends for part in block.parts.all):
+    if len(block.parts.additions) > 1 and not mixing and not any(part.attends for part in block.parts.all):
         added = ", ".join(_text(block, part) for part in block.parts.all)
         problem = f"{block.path} adds {added}, and which of these is its MLP is not known"
         return [lacking(f"{kind}.{layer}", block.path, problem) for kind in PART_KINDS]
@@ -126,13 +126,15 @@ def sites_of(
         added = _text(block, block.parts.all[0])
         problem = f"{block.path} adds {added} alone, which it makes of its attention and of all that follows on it"
         return [lacking(f"{kind}.{layer}", block.path, problem) for kind in PART_KINDS]
-    by_kind: dict[str, list[tuple[Stage, Part]]] = {}
-    for stage in block.parts.stages:
-        for part in stage.parts:
-            by_kind.setdefault(_kind_of(block, part, mixing, modules), []).append((stage, part))
+    by_kind: dict[str, list[tuple[Addition, Part]]] = {}
+    for addition in block.parts.additions:
+        for part in addition.parts:
+            by_kind.setdefault(_kind_of(block, part, mixing, modules), []).append((addition, part))
     sites = [_part_site(layer, block, kind, by_kind) for kind in _WHAT]
     sites += [_middle(layer, block), _activations(layer, block, by_kind)]
-    unproved = {kind for kind, ((stage, _), *_) in by_kind.items() if block.parts.stages.index(stage) in failed}
+    unproved = {
+        kind for kind, ((addition, _), *_) in by_kind.items() if block.parts.additions.index(addition) in failed
+    }
     unproved |= {"mlp_act"} if "mlp_out" in unproved else set()
     unproved |= {"resid_mid"} if failed else set()
     return [_unproved(info, block) if info.site.kind in unproved and not info.problem else info for info in sites]
@@ -188,7 +190,7 @@ def _is_behind(block: BlockParts, part: Part, modules: Mapping[str, nn.Module]) 
 
 
 def _part_site(
-    layer: int, block: BlockParts, kind: str, by_kind: Mapping[str, Sequence[tuple[Stage, Part]]]
+    layer: int, block: BlockParts, kind: str, by_kind: Mapping[str, Sequence[tuple[Addition, Part]]]
 ) -> SiteInfo:
     name, found = f"{kind}.{layer}", by_kind.get(kind, ())
     if not found:
@@ -197,11 +199,11 @@ def _part_site(
         if kind == "attn_out" and block.stray_attention:
             what = "adds no output of a module that computes attention"
         return lacking(name, block.path, f"{block.path} {what}; what it adds is {', '.join(added)}")
-    same_stage = [part for stage, part in found if stage is found[0][0]]
-    if len(same_stage) > 1:
-        both = " and ".join(_text(block, part) for part in same_stage)
+    same_addition = [part for addition, part in found if addition is found[0][0]]
+    if len(same_addition) > 1:
+        both = " and ".join(_text(block, part) for part in same_addition)
         return lacking(name, block.path, f"{block.path} adds {both}, and no module gives both together")
-    part = same_stage[0]
+    part = same_addition[0]
     return _of_stream(block, name, part.path, "output", flat=part.flat, factor=part.factor)
 
 
@@ -225,15 +227,15 @@ def _of_stream(block: BlockParts, name: str, path: str, via: Via, *, flat: bool,
 
 def _middle(layer: int, block: BlockParts) -> SiteInfo:
     name = f"resid_mid.{layer}"
-    stages = () if block.parts is None else block.parts.stages
-    if len(stages) < 2:
-        reason = SIDE_BY_SIDE if stages and len(stages[0].parts) > 1 else f"{block.path} has one part only"
+    additions = () if block.parts is None else block.parts.additions
+    if len(additions) < 2:
+        reason = SIDE_BY_SIDE if additions and len(additions[0].parts) > 1 else f"{block.path} has one part only"
         return lacking(name, block.path, reason)
-    base = stages[1]
+    base = additions[1]
     return _of_stream(block, name, base.base, "stream" if base.is_taken else "output", flat=base.flat)
 
 
-def _activations(layer: int, block: BlockParts, by_kind: Mapping[str, Sequence[tuple[Stage, Part]]]) -> SiteInfo:
+def _activations(layer: int, block: BlockParts, by_kind: Mapping[str, Sequence[tuple[Addition, Part]]]) -> SiteInfo:
     name, mlp = f"mlp_act.{layer}", by_kind.get("mlp_out", ())
     found = block.activations.get(mlp[0][1].path) if mlp else None
     if found is None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from residua.capture.blocks.block_parts import Part, Parts, Stage
+from residua.capture.blocks.block_parts import Addition, Part, Parts
 from residua.capture.blocks.experts import Experts
 from residua.capture.blocks.sums import is_sum
 from residua.capture.hooks.forward_call import probing
@@ -20,15 +20,15 @@ from residua.capture.sites.shape_probe import probes_of, run_probe
 _NOISE = 4  # a value that follows from another one differs by more than so many units in the last place
 
 
-def stages_that_fail(model: nn.Module, blocks: Mapping[str, Parts]) -> dict[str, tuple[int, ...]]:
-    """Run a model with another value at each part and each stream between stages; see which sums do not follow.
+def additions_that_fail(model: nn.Module, blocks: Mapping[str, Parts]) -> dict[str, tuple[int, ...]]:
+    """Run a model with another value at each part and each stream between additions; see which sums do not follow.
 
     Args:
         model: The model.
         blocks: From the path of a block to its parts.
 
     Returns:
-        From the path of a block to the numbers of its stages whose sum is another one.
+        From the path of a block to the numbers of its additions whose sum is another one.
 
     Raises:
         CaptureError: The model does not run.
@@ -49,8 +49,8 @@ def stages_that_fail(model: nn.Module, blocks: Mapping[str, Parts]) -> dict[str,
     return {
         path: tuple(
             number
-            for number, stage in enumerate(blocks[path].stages)
-            if not _follows(stage, each.names_of(number), given, put)
+            for number, addition in enumerate(blocks[path].additions)
+            if not _follows(addition, each.names_of(number), given, put)
         )
         for path, each in places.items()
     }
@@ -59,7 +59,7 @@ def stages_that_fail(model: nn.Module, blocks: Mapping[str, Parts]) -> dict[str,
 def parts_that_mix(model: nn.Module, blocks: Mapping[str, Parts]) -> dict[str, frozenset[str]]:
     """Find the parts that carry something from one position to another, as a sequence mixer does and an MLP does not.
 
-    The model runs twice. In the second run each stage takes the same stream as in the first, except at the first
+    The model runs twice. In the second run each addition takes the same stream as in the first, except at the first
     position; a part that is another one at the last position mixes.
 
     Args:
@@ -158,10 +158,10 @@ class _Places:
 
     def __init__(self, block: str, parts: Parts) -> None:
         self._block = block
-        self._stages = parts.stages
-        self.bases = [self._base(number, stage) for number, stage in enumerate(parts.stages)]
+        self._additions = parts.additions
+        self.bases = [self._base(number, addition) for number, addition in enumerate(parts.additions)]
         self.parts = [self._part(part) for part in parts.all]
-        self._totals = [self._total(stage) for stage in parts.stages]
+        self._totals = [self._total(addition) for addition in parts.additions]
 
     @property
     def all(self) -> list[SiteInfo]:
@@ -169,15 +169,15 @@ class _Places:
         return [*self.parts, *self._totals, *self.bases]
 
     def names_of(self, number: int) -> tuple[str, tuple[str, ...], str]:
-        """Return the names of a stage's base, parts and total."""
-        parts = tuple(self._part(part).name for part in self._stages[number].parts)
+        """Return the names of a addition's base, parts and total."""
+        parts = tuple(self._part(part).name for part in self._additions[number].parts)
         return self.bases[number].name, parts, self._totals[number].name
 
     def mixing(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor], shape: tuple[int, int]) -> list[str]:
         """Return the paths of the parts that differ at the last position of two runs of (examples, positions)."""
         found = []
-        for stage in self._stages:
-            for part in stage.parts:
+        for addition in self._additions:
+            for part in addition.parts:
                 name = self._part(part).name
                 if name not in first or name not in second:
                     continue
@@ -187,19 +187,19 @@ class _Places:
                     found.append(part.path)
         return found
 
-    def _base(self, number: int, stage: Stage) -> SiteInfo:
-        if not stage.base:
+    def _base(self, number: int, addition: Addition) -> SiteInfo:
+        if not addition.base:
             return _place(self._block, "input")
-        path = f"{self._block}.{stage.base}"
-        if not stage.is_taken:
+        path = f"{self._block}.{addition.base}"
+        if not addition.is_taken:
             return _place(path, "output")
         return _place(path, "stream") if number else _place(path, "input")
 
     def _part(self, part: Part) -> SiteInfo:
         return _place(f"{self._block}.{part.path}", "output")
 
-    def _total(self, stage: Stage) -> SiteInfo:
-        return _place(f"{self._block}.{stage.total}", "input") if stage.total else _place(self._block, "output")
+    def _total(self, addition: Addition) -> SiteInfo:
+        return _place(f"{self._block}.{addition.total}", "input") if addition.total else _place(self._block, "output")
 
 
 def _place(module: str, via: str) -> SiteInfo:
@@ -208,12 +208,12 @@ def _place(module: str, via: str) -> SiteInfo:
 
 
 def _follows(
-    stage: Stage, names: tuple[str, tuple[str, ...], str], given: Mapping[str, Tensor], put: Mapping[str, Tensor]
+    addition: Addition, names: tuple[str, tuple[str, ...], str], given: Mapping[str, Tensor], put: Mapping[str, Tensor]
 ) -> bool:
     base, parts, total = names
     if not all(name in put for name in (base, *parts, total)):
         return False
     like = put[base]
-    terms = [stage.base_factor * like.double()]
-    terms += [part.factor * put[name].double().view_as(like) for part, name in zip(stage.parts, parts, strict=True)]
+    terms = [addition.base_factor * like.double()]
+    terms += [part.factor * put[name].double().view_as(like) for part, name in zip(addition.parts, parts, strict=True)]
     return is_sum(given[total].view_as(like), *terms)

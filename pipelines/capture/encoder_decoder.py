@@ -26,7 +26,7 @@ from residua.capture.sites.stacks import PAIR_STACKS, row_stack, stacks_of, take
 from residua.pipelines.capture.dataset_job import CaptureRequest, DatasetCapture
 from residua.pipelines.capture.result import CaptureResult
 from residua.pipelines.capture.stacks import run_stacks
-from residua.pipelines.data.audio import FEATURES, Features, FrameShape, HeardSources, read_features
+from residua.pipelines.data.audio import FEATURES, AudioSources, Features, FrameShape, read_features
 from residua.pipelines.data.dataset import SOURCE_COLUMNS, DatasetReport
 from residua.pipelines.data.pairs import PairTokens, read_pairs
 from residua.pipelines.data.sources import Rows
@@ -110,9 +110,9 @@ class _Pairs:
         n_features, n_frames = frame_shape(encoder)
         return FrameShape(n_features=n_features, n_frames=n_frames, n_positions=n_frame_positions(encoder))
 
-    def _heard(self, rows: Rows) -> HeardSources:
+    def _audio_sources(self, rows: Rows) -> AudioSources:
         frames = cast("FrameShape", self.frames)
-        return HeardSources(rows=rows, frames=frames, extractor=self.request.processor, folder=self.folder)
+        return AudioSources(rows=rows, frames=frames, extractor=self.request.processor, folder=self.folder)
 
     def _read(self) -> DatasetReport:
         settings, tokenizer = self.request.settings, self.request.tokenizer
@@ -127,7 +127,7 @@ class _Pairs:
             special_ids=special_ids(tokenizer),
             source_vocab=vocabulary,
             target_vocab=int(getattr(self.model.config, "decoder_vocab_size", None) or vocabulary),
-            heard=self._heard if self.frames else None,
+            audio_sources=self._audio_sources if self.frames else None,
         )
         report = DatasetReport()
         writers = {stack: ExampleWriter(self.folder / stack) for stack in PAIR_STACKS}

@@ -239,7 +239,7 @@ class CaptureJob(ABC):
         return self.archive.n_rows
 
     def sealed(self) -> dict[str, Json] | None:
-        """Return what `seal` has to be told of an archive whose size was open."""
+        """Return what `seal` has to know of an archive whose size was open."""
         return None
 
     def finish(self) -> None:  # noqa: B027  # most jobs leave nothing

@@ -44,22 +44,22 @@ def run_stacks(
     Returns:
         The archives opened as one, what the first job read of the dataset, and the figures of all.
     """
-    figures, resumed, reports, told = list[WorkerFigures](), list[bool](), list[DatasetReport](), [*place.notes]
+    figures, resumed, reports, notes = list[WorkerFigures](), list[bool](), list[DatasetReport](), [*place.notes]
     with running_uncompiled(model) as was_compiled, evaluating(model):
         if was_compiled:
-            told.append("compiled code does not run hooks: the model ran uncompiled for this capture")
+            notes.append("compiled code does not run hooks: the model ran uncompiled for this capture")
         for name, job in jobs:
             with working_together(job.out, request.settings, job=name) as membership:
                 found, shared = job.run(Workers(membership), request.on_plan, request.on_batch)
             figures += found
             resumed.append(shared["resumed"])
             reports.append(DatasetReport(**shared["dataset"]))
-            told += [*job.notes, *reports[-1].notes(), *loss_notes(job.archive.plan, job.archive.commits)]
+            notes += [*job.notes, *reports[-1].notes(), *loss_notes(job.archive.plan, job.archive.commits)]
     return CaptureResult(
         archive=open_written(place.out),
         dataset=reports[0],
         stats=total([worker.stats for worker in figures]),
         workers=tuple(figures),
         resumed=any(resumed),
-        notes=tuple(dict.fromkeys(told)),
+        notes=tuple(dict.fromkeys(notes)),
     )

@@ -51,7 +51,7 @@ class FrameShape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeardSources:
+class AudioSources:
     """The sources of rows of audio, in order; their features go to a file while they are read.
 
     Attributes:

@@ -46,7 +46,7 @@ class PairTokens:
         target_limit: The same of a target.
         special_ids: Ids of special tokens, for `drop_special`.
         source_vocab: Token ids of the source must lie below it.
-        heard: Makes sources of rows of audio; None for an encoder that takes tokens.
+        audio_sources: Makes sources of rows of audio; None for an encoder that takes tokens.
         target_vocab: The same of the target.
     """
 
@@ -57,7 +57,7 @@ class PairTokens:
     special_ids: frozenset[int]
     source_vocab: int
     target_vocab: int
-    heard: Callable[[Rows], Iterable[Source]] | None = None
+    audio_sources: Callable[[Rows], Iterable[Source]] | None = None
 
 
 class _OfTarget:
@@ -103,7 +103,7 @@ def read_pairs(
     if content is None and "source" in rows.columns and not {"input_ids", "text"} & set(rows.columns):
         content = "source"
     others = _without(rows, of_sources, {target, *_TARGETS, "decoder_attention_mask"})
-    if tokens.heard is None:
+    if tokens.audio_sources is None:
         sources: Iterable[Source] = Tokens(
             rows=others,
             settings=replace(settings, text_column=content),
@@ -111,7 +111,7 @@ def read_pairs(
             vocab_size=tokens.source_vocab,
         )
     else:
-        sources = tokens.heard(others)
+        sources = tokens.audio_sources(others)
     targets = Tokens(
         rows=Rows(columns=[target], text_columns=[target], rows=(_target_of(row, target) for row in of_targets)),
         settings=replace(settings, text_column=target),

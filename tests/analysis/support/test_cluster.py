@@ -163,7 +163,7 @@ def test_jobs_report_their_progress(cluster: Cluster, is_remote: bool) -> None:
             have_all.set()
 
     with connect("inline") as inline:
-        found = (cluster if is_remote else inline).map(jobs.report, [5, 6, 7], label="reports", heard=hear)
+        found = (cluster if is_remote else inline).map(jobs.report, [5, 6, 7], label="reports", on_report=hear)
         assert sorted(next(found) for _ in range(3)) == [(0, 5), (1, 6), (2, 7)]
         assert have_all.wait(60)
         assert list(found) == []

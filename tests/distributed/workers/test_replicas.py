@@ -106,9 +106,9 @@ def test_a_second_run_is_refused(forked_workers: ForkedWorkers, dataset: Path, r
     first = Start(words=words, env={}, slow=0.1)
     lock = str(tmp_path / ".a.zarr.lock")
     second = Start(words=words, env={}, after=lock)
-    joiner = Start(words=[*words, "--join"], env={}, after=lock)
+    late_worker = Start(words=[*words, "--join"], env={}, after=lock)
     launch = [Start(words=words, env=start.env, after=lock) for start in launched(words, 2)]
-    ended = forked_workers.run([first, second, joiner, *launch])
+    ended = forked_workers.run([first, second, late_worker, *launch])
     assert codes(ended) == [0, 2, 2, 2, 1], ended
     for refused in ended[1:]:
         assert "another run is at work on" in refused.output
