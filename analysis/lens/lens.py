@@ -1,7 +1,7 @@
 """Tuned lenses (Belrose et al. 2023, arXiv 2303.08112): an affine map at every point of the residual stream.
 
-The mapped residual stream is decoded by the model's own head. A lens is trained from an archive, without the model; see
-`residua.analysis.lens.train`. On disk it is a folder that the `tuned-lens` package can load, with the head next to it.
+The model's own LM head decodes the mapped residual stream. A lens is trained from an archive, without the model; see
+`residua.analysis.lens.train`. On disk it is a folder that the `tuned-lens` package can load, with the LM head in it.
 """
 
 import json
@@ -51,7 +51,7 @@ _UNEMBEDDING_BYTES = 2**29  # a larger unembedding is not converted to float32 a
 
 
 class TunedLens:
-    """A tuned lens, with the head that decodes it.
+    """A tuned lens, with the LM head that decodes it.
 
     Args:
         head: Final norm and unembedding.
@@ -88,8 +88,8 @@ class TunedLens:
         """Train a lens on an archive.
 
         Args:
-            archive: The archive, with its head, the final residual stream (`final`, or the last `resid_post`, which has
-                the same values) and some `resid_pre` or `resid_post` before it.
+            archive: The archive, with its LM head, the final residual stream (`final`, or the last `resid_post`, which
+                has the same values) and some `resid_pre` or `resid_post` before it.
             sites: Patterns of the sites to train at; by default all of them.
             out: Folder for the lens, its report (Parquet) and plot, or its address in a bucket. A stopped training
                 continues from its finished layers in a folder. By default nothing is kept.
@@ -136,14 +136,14 @@ class TunedLens:
 
         Args:
             folder: The lens, or its address.
-            head: An archive of the same model, its address, or its folder ``head``; required if the lens has no head of
-                its own.
+            head: An archive of the same model, its address, or its folder ``head``; required if the lens has no LM head
+                of its own.
             storage_options: For addresses, as for `residua.open`.
 
         Raises:
-            AnalysisError: The folder holds no lens, or the head belongs to another model.
+            AnalysisError: The folder holds no lens, or the LM head belongs to another model.
             DamagedArchiveError: The head is missing or cut short.
-            UnsafeArchiveError: The head's files do not describe a head.
+            UnsafeArchiveError: The LM head's files do not describe one.
         """
         if head is not None and is_remote(head):
             archive = open_archive(head, storage_options=storage_options)  # whose local files go with it
@@ -158,14 +158,14 @@ class TunedLens:
         if config.unembed_hash not in (None, hash_unembedding(found.parameters["unembed.weight"])):
             raise AnalysisError(
                 f"{folder} is a lens of {config.base_model_name_or_path} with another unembedding than {source} has: "
-                "give the head of the model that the lens was trained for"
+                "give the LM head of the model that the lens was trained for"
             )
         if config.d_model != found.width:
             raise AnalysisError(f"{folder} is a lens of width {config.d_model}, but {source} has {found.width}")
         return cls(found, translators, config, _read_report(folder / REPORT_FILE))
 
     def save(self, folder: str | PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> None:
-        """Write the lens as a folder that the `tuned-lens` package can load, with its head and report.
+        """Write the lens as a folder that the `tuned-lens` package can load, with its LM head and report.
 
         Points without a translator become the logit lens there. The report is written as a table and a plot.
 

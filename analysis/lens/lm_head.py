@@ -130,7 +130,7 @@ def load_lm_head(folder: Path, *, dtype: torch.dtype | None = None) -> LMHead:
 
 
 def _checked(folder: Path, name: str, most_bytes: int, digests: Mapping[str, str]) -> Path:
-    """Return the path of a file of the head, after a check of its size and of its digest, if the archive has one."""
+    """Return the path of a file of the LM head, after a check of its size and of its digest, if the archive has one."""
     path = folder / name
     check_file(folder.parent, path, most_bytes)
     expected = digests.get(f"{folder.name}/{name}")

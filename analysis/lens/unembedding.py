@@ -113,13 +113,13 @@ class Unembedding:
 
 
 class Decoder:
-    """Decodes residual streams with a head, forward and backward.
+    """Decodes residual streams with an LM head, forward and backward.
 
     Args:
         head: The head.
         dtype: Type to compute in.
         most_bytes: An unembedding that takes more bytes in that type is converted block by block.
-        device: Where to compute; None: where the head is.
+        device: Where to compute; None: where the LM head is.
     """
 
     def __init__(

@@ -86,7 +86,7 @@ class Leaves:
     """The captured rows of an archive in numbered runs of blocks: a few numbers, however many shards there are.
 
     The runs depend on the archive and on the sizes asked for, not on the cluster, so sums over them are the same
-    wherever they are computed. A job is told the number of a run.
+    wherever they are computed. A job gets the number of a run.
 
     Attributes:
         stretches: As `stretches` returns them.

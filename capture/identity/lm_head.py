@@ -131,13 +131,13 @@ def _anatomy(model: nn.Module) -> Anatomy | None:
 
 
 def _known_head(model: nn.Module, anatomy: Anatomy) -> _Head | str:
-    """Return the head as the table or the last search has it, or else as a search finds it; or why it is not known."""
+    """Return the LM head as the table or the last search has it, else as a search finds it; or why it is not known."""
     found = _searched.get(anatomy.model)
     return _head(model, anatomy) if found is None else _usable(anatomy, found)
 
 
 def _head(model: nn.Module, anatomy: Anatomy) -> _Head | str:
-    """Return the head by the table, or as a search finds it now; or why it is not known."""
+    """Return the LM head by the table, or as a search finds it now; or why it is not known."""
     name = type(anatomy.model).__name__
     if _unembedding(anatomy) is None:
         return f"{name} has none, or one that cannot be found"
@@ -169,7 +169,7 @@ def _usable(anatomy: Anatomy, found: FoundHead) -> _Head | str:
 
 
 def _packed(modules: Mapping[str, nn.Module]) -> str:
-    """Return which module of a head has weights that cannot be stored as they are; empty if none has."""
+    """Return which module of an LM head has weights that cannot be stored as they are; empty if none has."""
     for part, module in modules.items():
         if layer_inside(module) is not module:
             return f"its {part} has an adapter"
@@ -283,7 +283,7 @@ def _files(model: nn.Module) -> dict[str, list[Buffer]]:
 
 
 def _tensors(model: nn.Module, anatomy: Anatomy, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Return the full parameters of the head by name; a collective of all who hold this stage of the model."""
+    """Return the full parameters of the LM head by name; a collective of all who hold this stage of the model."""
     parameters, copied = FullParameters(model), frees_gathered(model)
     paths = {id(module): path for path, module in named_modules(anatomy.model).items()}
     return {

@@ -222,7 +222,7 @@ def _config_and_class(name: str, revision: str | None) -> tuple[PreTrainedConfig
     if not config.architectures:
         raise PlanError(
             f"the configuration of {named('model', name)} names no class of transformers ('architectures' is "
-            "empty), so which model it is of is not clear: add it, or load the model yourself and pass it to "
+            "empty), so the class of the model is not known: add it, or load the model yourself and pass it to "
             "residua.capture_dataset"
         )
     wanted = config.architectures[0]

@@ -47,7 +47,7 @@ def _content(edit: Edit, place: Address) -> str:
 def with_lens_here(edit: Edit) -> Iterator[Edit]:
     """Give an edit whose lens is in a folder of this machine: for one at an address, a copy, while the context lasts.
 
-    Tensors that were loaded of it stay.
+    Tensors that were loaded from it stay.
 
     Raises:
         PlanError: There is no lens at its address.

@@ -41,7 +41,7 @@ PARAMETERS_FILE = "head.safetensors"
 CONFIG_FILE = "config.json"
 ATTENTION_FILE = "attention.json"
 NO_LM_HEAD = "the archive has no LM head, so lenses cannot be trained from it"
-"""How the note of an archive without a head begins; the reason follows after a colon."""
+"""How the note of an archive without an LM head begins; the reason follows after a colon."""
 FIDELITY_FILE = "fidelity.json"
 MAX_FIDELITY_BYTES = 2**24
 _MAX_LAYERS = 2**16

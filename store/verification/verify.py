@@ -1,4 +1,4 @@
-"""Verification: re-reads everything in an archive and names what is damaged.
+"""Verification: reads everything in an archive again and names what is damaged.
 
 It compares every chunk with its crc32c, every shard file with its commit, every sidecar file with the SHA-256 in the
 metadata, and the row columns with the example table, so that rows and texts belong together. Of an archive at an
