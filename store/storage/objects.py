@@ -53,6 +53,7 @@ _CLIENT = {"connect_timeout": timedelta(seconds=10), "timeout": timedelta(minute
 _REMEDY = "Give credentials in the environment, as the service's own tools take them, or in storage_options"
 _STATUS = re.compile(r"status code: (\d{3}[^:\n]*)")
 _CODE = re.compile(r"<Code>(\w{1,60})</Code>")  # in the answers of S3, Google and Azure
+_PLAIN_PATH = re.compile(r"(/\w[\w.=-]*)*", re.ASCII)
 _REFUSED_STATUS = ("401", "403")
 _REFUSED_CODES = ("ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed")
 _NO_BUCKET_CODES = ("NoSuchBucket", "ContainerNotFound")
@@ -109,6 +110,8 @@ class ObjectFolder:
         check_address(address)
         self.address = address.rstrip("/")
         self.options = dict(options or {})
+        self._store_address, self._prefix = _bucket_and_prefix(self.address)
+        self._opened: tuple[object, ObjectStore] | None = None
         self._store  # noqa: B018  # an option that is not understood is an error here
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -119,6 +122,12 @@ class ObjectFolder:
 
     @property
     def _store(self) -> ObjectStore:
+        opened_for = os.getpid(), _credentials()
+        if self._opened is None or self._opened[0] != opened_for:
+            self._opened = opened_for, self._open()
+        return self._opened[1]
+
+    def _open(self) -> ObjectStore:
         settings = _connection(self.address, self.options)
         if _PROCESS.setdefault("pid", os.getpid()) != os.getpid():
             raise StorageError(
@@ -127,7 +136,7 @@ class ObjectFolder:
                 "multiprocessing_context='forkserver'"
             )
         try:
-            return _store_at(self.address, _frozen(settings), _credentials())
+            return _store_at(self._store_address, _frozen(settings), _credentials())
         except (*_FAILURES, TypeError) as error:  # TypeError: an option of another service
             account = "; Azure's account is account_name there, or AZURE_STORAGE_ACCOUNT_NAME"
             raise StorageError(
@@ -148,7 +157,7 @@ class ObjectFolder:
         """
 
         def whole() -> bytes:
-            result = obstore.get(self._store, name)
+            result = obstore.get(self._store, self._prefix + name)
             if (size := result.meta["size"]) > most_bytes:
                 raise StorageError(f"{self}/{name} has {size:,} bytes, and at most {most_bytes:,} are read there")
             return result.bytes().to_bytes()
@@ -178,9 +187,9 @@ class ObjectFolder:
 
     def _range(self, name: str, start: int, stop: int) -> obstore.Bytes | bytes:
         if scheme_of(self.address) not in ("http", "https"):
-            return obstore.get_range(self._store, name, start=start, end=stop)
+            return obstore.get_range(self._store, self._prefix + name, start=start, end=stop)
         # A web server may be anybody's: obstore alone would take whatever it sends into memory.
-        answer = obstore.get(self._store, name, options={"range": (start, stop)})
+        answer = obstore.get(self._store, self._prefix + name, options={"range": (start, stop)})
         parts, n_bytes = [], 0
         for part in answer.stream(min_chunk_size=stop - start):
             parts.append(part)
@@ -199,7 +208,7 @@ class ObjectFolder:
             StorageError: The server does not say.
         """
         try:
-            n_bytes: int = self._ask(name, "look at", lambda: obstore.head(self._store, name))["size"]
+            n_bytes: int = self._ask(name, "look at", lambda: obstore.head(self._store, self._prefix + name))["size"]
         except FileNotFoundError:
             return None
         return n_bytes
@@ -216,14 +225,16 @@ class ObjectFolder:
         def following() -> Any:
             nonlocal pages
             asked, pages = pages, None  # after an answer that breaks off, the listing is asked for again behind `last`
-            asked = asked or iter(obstore.list(self._store, prefix or None, offset=last, chunk_size=1000))
+            asked = asked or iter(
+                obstore.list(self._store, self._prefix + prefix or None, offset=last, chunk_size=1000)
+            )
             page = next(asked, None)
             pages = asked
             return page
 
         while (page := self._ask(prefix, "list", following, tries=_READ_TRIES)) is not None:
             for entry in page:
-                yield Listed(entry["path"], entry["size"])
+                yield Listed(entry["path"].removeprefix(self._prefix), entry["size"])
                 last = entry["path"]
 
     def write(self, name: str, data: Path | Iterable[Any]) -> None:
@@ -241,10 +252,14 @@ class ObjectFolder:
             buffers = list(data)
             content = buffers[0] if len(buffers) == 1 else b"".join(buffers)
         in_parts = None if isinstance(data, Path) else False  # a large file in parts
+
+        def put() -> object:
+            return obstore.put(self._store, self._prefix + name, content, use_multipart=in_parts)
+
         conflict: OSError | None = None
         for number in range(_CREATE_TRIES):
             try:
-                self._ask(name, "write", lambda: obstore.put(self._store, name, content, use_multipart=in_parts))
+                self._ask(name, "write", put)
             except FileExistsError as error:  # 409: two requests met, of which one may be a try of this one
                 conflict = error
                 time.sleep(_PAUSE_SECONDS * 2**number)
@@ -268,7 +283,7 @@ class ObjectFolder:
         def put() -> object:
             return obstore.put(
                 self._store,
-                name,
+                self._prefix + name,
                 iter(buffers),
                 use_multipart=True,
                 chunk_size=part_bytes,
@@ -290,7 +305,7 @@ class ObjectFolder:
         """Return a whole object, as `read` does, and what tells its version from others, for `replace`."""
 
         def whole() -> "tuple[bytes, UpdateVersion]":
-            result = obstore.get(self._store, name)
+            result = obstore.get(self._store, self._prefix + name)
             meta = result.meta
             if meta["size"] > most_bytes:
                 raise StorageError(f"{self}/{name} has {meta['size']:,} bytes, and at most {most_bytes:,} are read")
@@ -322,7 +337,7 @@ class ObjectFolder:
         failure: OSError | None = None
         for number in range(_CREATE_TRIES):
             try:
-                self._ask(name, "write", lambda: obstore.put(self._store, name, data, mode=mode))
+                self._ask(name, "write", lambda: obstore.put(self._store, self._prefix + name, data, mode=mode))
             except (DeniedError, _UnsupportedError, _NoBucketError):
                 raise
             except (FileExistsError, StorageError) as error:  # the answer may be lost, and not what was sent
@@ -344,7 +359,11 @@ class ObjectFolder:
             FileNotFoundError: There is no such object.
             StorageError: It cannot be copied.
         """
-        self._ask(source, "copy", lambda: obstore.copy(self._store, source, name), tries=_READ_TRIES)
+
+        def copy() -> None:
+            obstore.copy(self._store, self._prefix + source, self._prefix + name)
+
+        self._ask(source, "copy", copy, tries=_READ_TRIES)
 
     def delete(self, names: Sequence[str]) -> None:
         """Delete objects; those that are not there are no error.
@@ -353,13 +372,13 @@ class ObjectFolder:
             StorageError: One cannot be deleted.
         """
         try:
-            self._ask("", "delete from", lambda: obstore.delete(self._store, list(names)))
+            self._ask("", "delete from", lambda: obstore.delete(self._store, [self._prefix + name for name in names]))
         except _NoBucketError:
             raise
         except FileNotFoundError:  # of one of them, in services that say so; others may be left
             for name in names:
                 with suppress(FileNotFoundError):
-                    self._ask(name, "delete", partial(obstore.delete, self._store, name))
+                    self._ask(name, "delete", partial(obstore.delete, self._store, self._prefix + name))
 
     def _ask(self, name: str, doing: str, request: Callable[[], T], tries: int = 1) -> T:
         """Make a request, and say what went wrong in the user's words.
@@ -421,6 +440,18 @@ def _connection(address: str, options: Mapping[str, Any]) -> dict[str, Any]:
 def _credentials() -> tuple[tuple[str, str], ...]:
     """Return what stores read from the environment, so that a store is made again when it changes."""
     return tuple((name, os.environ[name]) for name in sorted(os.environ) if name.startswith(_CREDENTIALS))
+
+
+def _bucket_and_prefix(address: str) -> tuple[str, str]:
+    """Return the address of the store to ask, and how the paths of objects begin there.
+
+    A store takes 10 ms to make, and opens connections of its own, so one serves a bucket. Where a path has characters
+    that addresses write in another way, or on a web server, the store is at the address itself.
+    """
+    parts = urlsplit(address)
+    if parts.scheme not in _ENDPOINTS or parts.query or not _PLAIN_PATH.fullmatch(parts.path):
+        return address, ""
+    return f"{parts.scheme}://{parts.netloc}", f"{parts.path[1:]}/".lstrip("/")
 
 
 @lru_cache(maxsize=64)

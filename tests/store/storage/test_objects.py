@@ -27,8 +27,10 @@ def server(tmp_path: Path) -> Iterator[FileServer]:
         yield server
 
 
-def test_what_is_written_to_a_bucket_is_read_back(s3: S3Server) -> None:
-    folder = ObjectFolder(s3.address("round/trip"), s3.options)
+@pytest.mark.parametrize("name", ["round/trip", ".hidden/trip", "a space/a=b"])
+def test_what_is_written_to_a_bucket_is_read_back(s3: S3Server, name: str) -> None:
+    folder = ObjectFolder(s3.address(name), s3.options)
+    ObjectFolder(s3.address(f"{name}ped"), s3.options).write("beside", [b"1"])
     folder.write("x/y", [b"abc", memoryview(b"defg")])
     folder.write("z", [b""])
     assert folder.read("x/y", 7) == b"abcdefg"
@@ -37,8 +39,12 @@ def test_what_is_written_to_a_bucket_is_read_back(s3: S3Server) -> None:
     assert (folder.size("x/y"), folder.size("nothing")) == (7, None)
     folder.delete(["x/y", "nothing"])
     assert [entry.name for entry in folder.list()] == ["z"]
+    folder.copy("z", "copies/z")
+    above, _, last = name.partition("/")
+    there = {entry.name for entry in ObjectFolder(s3.address(above), s3.options).list()}
+    assert there >= {f"{last}/z", f"{last}/copies/z", f"{last}ped/beside"}
     again = pickle.loads(pickle.dumps(folder))  # noqa: S301
-    assert again.read("z", 0) == b""
+    assert again.read("copies/z", 0) == b""
 
 
 def test_an_object_is_created_once(s3: S3Server) -> None:
