@@ -23,6 +23,7 @@ import os
 import shutil
 import tempfile
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import chain
@@ -257,12 +258,13 @@ class BucketFolder:
     def _write(self, name: str, buffers: Iterable[Buffer], *, are_kept: bool) -> int:
         sizes: list[int] = []
         parts = _counted(buffers, sizes) if are_kept else _parts(buffers, sizes)
-        first: list[memoryview] = []
+        first: deque[memoryview] = deque()
         for part in parts:
             first.append(part)
+            del part  # only `first` holds it, until it is sent
             if sum(sizes) > PART_BYTES:
                 n_parts = max(1, min(_MOST_PARTS, self.memory_bytes // self._n_threads // PART_BYTES - 1))
-                self.objects.write_parts(name, chain(first, parts), part_bytes=PART_BYTES, n_parts=n_parts)
+                self.objects.write_parts(name, chain(_taken(first), parts), part_bytes=PART_BYTES, n_parts=n_parts)
                 break
         else:
             self.objects.write(name, first)
@@ -418,6 +420,12 @@ Destination: TypeAlias = DiskFolder | BucketFolder
 def destination_of(place: Path | Destination) -> Destination:
     """Return the destination that a path is; a destination is returned as it is."""
     return DiskFolder(place) if isinstance(place, Path) else place
+
+
+def _taken(parts: deque[memoryview]) -> Iterator[memoryview]:
+    """Yield parts, and let go of each when it is taken."""
+    while parts:
+        yield parts.popleft()
 
 
 def _counted(buffers: Iterable[Buffer], sizes: list[int]) -> Iterator[memoryview]:

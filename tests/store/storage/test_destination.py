@@ -1,5 +1,6 @@
 """Where an archive is written: what a disk and a bucket have in common, and what a bucket survives."""
 
+import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -11,7 +12,14 @@ import numpy.typing as npt
 import pytest
 
 from residua.store.base.errors import PlanError, StorageError
-from residua.store.storage.destination import MEMORY_BYTES, PART_BYTES, BucketFolder, Destination, DiskFolder
+from residua.store.storage.destination import (
+    MEMORY_BYTES,
+    PART_BYTES,
+    THREAD_BYTES,
+    BucketFolder,
+    Destination,
+    DiskFolder,
+)
 from residua.store.storage.place import try_archive_place
 from tests.servers.proxy import Fault, Proxy, proxied
 from tests.servers.s3 import S3Server
@@ -77,6 +85,19 @@ def test_memory_is_shared_among_threads(s3: S3Server) -> None:
     assert out.memory_bytes == MEMORY_BYTES
     with pytest.raises(PlanError, match="16,777,000"):
         out.use_memory(216, 2**40)
+
+
+def test_an_upload_holds_no_more_than_its_memory(s3: S3Server) -> None:
+    out = bucket(s3, "held")
+    out.memory_bytes = THREAD_BYTES
+    assert out.writer_threads(1) == 1
+    tracemalloc.start()
+    try:
+        out.write("long", (np.zeros(2**18, np.uint8) for _ in range(6 * PART_BYTES // 2**18)))
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert 1.5 * PART_BYTES < most < THREAD_BYTES + 2**20, "a part is let go when it is sent"
 
 
 def of(method: str, *faults: Fault | None) -> Callable[[str, str], Fault | None]:
