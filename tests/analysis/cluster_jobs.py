@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import distributed
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from residua.analysis.rows.blocks import Block
 from residua.analysis.support.kept import kept_bytes
@@ -70,6 +69,8 @@ def say(_: int) -> str:
 
 def threads_seen(_: int) -> int:
     """Return the number of torch threads, and set another number."""
+    import torch  # not above: a worker that runs other jobs starts in half the time
+
     found = torch.get_num_threads()
     torch.set_num_threads(3)
     return found

@@ -158,13 +158,14 @@ def kill_a_worker(moment: Path) -> None:
     victim.kill()
 
 
-def test_every_number_of_workers_gives_the_same_lens(lens_archive: Archive, tmp_path: Path) -> None:
+def test_every_number_of_workers_gives_the_same_lens(lens_archive: Archive, scheduler: str, tmp_path: Path) -> None:
     """Bit for bit, whichever layers go together, also if a worker dies. Divided rows give another lens."""
     with connect("inline") as inline:
         alone = fit_on(inline, lens_archive, tmp_path / "alone", epochs=2)
         assert fit_on(inline, lens_archive, tmp_path / "apart", epochs=2, together=1) == alone
         split = fit_on(inline, lens_archive, tmp_path / "split", epochs=2, parts=2)
-    with connect(workers=2, memory_limit="2GiB") as two:
+    with connect(scheduler) as two:
+        assert two.n_workers == 2
         assert fit_on(two, lens_archive, tmp_path / "two", epochs=2) == alone
         killer = Thread(target=kill_a_worker, args=(tmp_path / "parts" / "work" / "sums-2.safetensors",))
         killer.start()

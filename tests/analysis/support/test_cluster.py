@@ -206,7 +206,7 @@ def test_a_scheduler_must_have_workers_soon() -> None:
         empty.scale(1)
         with connect(address, timeout=60) as cluster:
             assert cluster.n_workers == 1
-            assert len(list(cluster.map(jobs.threads_seen, range(5), label="threads"))) == 5
+            assert len(list(cluster.map(jobs.kept_here, range(5), label="looking"))) == 5
 
 
 SCHEDULER = """
@@ -220,7 +220,7 @@ with LocalCluster(n_workers=1, processes=False, protocol="tcp", dashboard_addres
 
 def kill_during_a_job(process: "subprocess.Popen[str]", address: str) -> None:
     with connect(address, timeout=30) as cluster:
-        for _ in cluster.map(jobs.threads_seen, range(10_000), label="threads"):
+        for _ in cluster.map(jobs.kept_here, range(10_000), label="looking"):
             process.kill()
 
 
