@@ -6,6 +6,10 @@ from typing import TypedDict
 from residua.store.base.errors import AnalysisError
 from residua.store.base.naming import named, setting
 
+GROUP_HELP = (
+    "column whose equal values are held out together, besides documents and equal contents (source_index: documents "
+    "alone; example: each example for itself; default: none)"
+)
 _CANDIDATES = 8_192  # of either kind
 
 
@@ -18,8 +22,7 @@ class LensSettings:
     held_out: float = setting(0.1, "share of the documents to hold out for the evaluation")
     group: str | None = setting(
         None,
-        "column whose equal values are held out together, besides documents and equal contents (source_index: "
-        "documents alone; example: each example for itself; default: none)",
+        GROUP_HELP,
     )
     held_out_rows: int = setting(65_536, "evaluate on at most this many held-out rows")
     refine: bool = setting(

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from residua.store.base.errors import AnalysisError, DamagedArchiveError, UnsafeArchiveError
 from residua.store.base.untrusted import check_file
-from residua.store.format.archive_metadata import SIDECAR_FOLDERS, file_digest, is_archive, read_metadata
+from residua.store.format.archive_metadata import (
+    SIDECAR_FOLDERS,
+    file_digest,
+    is_archive,
+    read_metadata,
+    require_digest,
+)
 from residua.store.format.sidecars import LM_HEAD_FILE, PARAMETERS_FILE, Activation, LMHeadSpec, why_no_lm_head
 
 _MAX_SPEC_BYTES = 2**20
@@ -134,8 +140,8 @@ def _checked(folder: Path, name: str, most_bytes: int, digests: Mapping[str, str
     path = folder / name
     check_file(folder.parent, path, most_bytes)
     expected = digests.get(f"{folder.name}/{name}")
-    if expected is not None and file_digest(path) != expected:
-        raise DamagedArchiveError(f"{path} was altered (its SHA-256 differs): restore it from a copy")
+    if expected is not None:
+        require_digest(path, file_digest(path), expected)
     return path
 
 

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from residua.analysis.probes.controls import TEST, Control, Numbers, Split, Subsets, control_units
 from residua.analysis.probes.pooling import Pool, last_rows
 from residua.analysis.rows.blocks import blocks
-from residua.analysis.rows.columns import examples_of, positions_of, row_numbers
+from residua.analysis.rows.columns import examples_of, positions_of, row_numbers, token_numbers
 from residua.analysis.rows.held_out import held_out
 from residua.store.base.errors import AnalysisError, DamagedArchiveError, few
 from residua.store.base.naming import named
@@ -173,10 +173,8 @@ def _column_target(archive: Archive, name: str) -> Target:
     numbers = _numbers(name, values.combine_chunks())
 
     def by_token(rows: Numbers) -> Values:
-        examples, positions = examples_of(archive, rows), positions_of(archive, rows)
-        if (positions >= starts[examples + 1] - starts[examples]).any():
-            raise DamagedArchiveError(f"{archive.place}/rows/position has positions beyond the end of their example")
-        return np.asarray(numbers.values[starts[examples] + positions])
+        places = token_numbers(archive, starts, examples_of(archive, rows), positions_of(archive, rows))
+        return np.asarray(numbers.values[places])
 
     return Target(by_token, *numbers[1:])
 

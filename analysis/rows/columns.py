@@ -58,6 +58,18 @@ def positions_of(archive: Archive, rows: Numbers) -> Numbers:
     return _checked(archive, "position", rows, row_numbers(archive, "position", rows), end)
 
 
+def token_numbers(archive: Archive, starts: Integers, examples: Integers, positions: Integers) -> Integers:
+    """Return the number of each row's token among those of all examples, the first tokens of which are `starts`.
+
+    Raises:
+        DamagedArchiveError: A position lies beyond the end of its example.
+    """
+    found: Integers = starts[examples] + positions
+    if (found >= starts[examples + 1]).any():
+        raise DamagedArchiveError(f"{archive.place}/rows/position has positions beyond the end of their example")
+    return found
+
+
 def checked_examples(archive: Archive, rows: Numbers, examples: Integers) -> Integers:
     """Return `examples`, the stored example numbers of `rows`, if all of them exist.
 
@@ -117,12 +129,7 @@ class ExampleColumns:
         taken = self._examples.select([name for name in self._examples.column_names if name not in self._by_token])
         found = dict(zip(taken.column_names, taken.take(pa.array(examples)), strict=True))
         for name, (values, starts) in self._by_token.items():
-            tokens = starts[examples] + position
-            if (tokens >= starts[examples + 1]).any():
-                raise DamagedArchiveError(
-                    f"{archive.place}/rows/position has positions beyond the end of their example"
-                )
-            found[name] = values.take(pa.array(tokens))
+            found[name] = values.take(pa.array(token_numbers(archive, starts, examples, position)))
         return {name: found[name].combine_chunks() for name in self._examples.column_names}
 
 

@@ -22,6 +22,7 @@ from residua.pipelines.capture.encoder_decoder import capture_pairs
 from residua.pipelines.capture.generated import GeneratedCapture
 from residua.pipelines.capture.growing import GrowingCapture
 from residua.pipelines.capture.images import image_dataset, part_to_capture
+from residua.pipelines.capture.job import RAN_UNCOMPILED
 from residua.pipelines.capture.result import CaptureResult
 from residua.pipelines.capture.stacks import refuse_split
 from residua.pipelines.capture.towers import capture_both, sites_of_both
@@ -146,7 +147,7 @@ def capture_request(
         job.notes.extend(filter(None, [*place.notes, of_part]))
         called = runnable(model)
         if stack.enter_context(running_uncompiled(called)):
-            job.notes.append("compiled code does not run hooks: the model ran uncompiled for this capture")
+            job.notes.append(RAN_UNCOMPILED)
         stack.enter_context(evaluating(called))
         figures, shared = job.run(Workers(membership), request.on_plan, request.on_batch)
         report = DatasetReport(**shared["dataset"])

@@ -54,6 +54,9 @@ from residua.store.sealing.lost_shards import drop_lost
 from residua.store.sealing.seal import seal
 from residua.store.storage.destination import BucketFolder, Destination, destination_of
 
+RAN_UNCOMPILED = "compiled code does not run hooks: the model ran uncompiled for this capture"
+"""Note of a capture of a compiled model."""
+
 
 class CaptureJob(ABC):
     """A capture into an archive: its steps, in order. A subclass provides the examples, the plan and the provenance.

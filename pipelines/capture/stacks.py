@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from residua.capture.recording.stats import total
 from residua.capture.runtime.wrappers import evaluating, running_uncompiled
 from residua.pipelines.capture.dataset_job import CaptureRequest, DatasetCapture
+from residua.pipelines.capture.job import RAN_UNCOMPILED
 from residua.pipelines.capture.result import CaptureResult
 from residua.pipelines.data.dataset import DatasetReport
 from residua.pipelines.jobs.workers import WorkerFigures, Workers, working_together
@@ -47,7 +48,7 @@ def run_stacks(
     figures, resumed, reports, notes = list[WorkerFigures](), list[bool](), list[DatasetReport](), [*place.notes]
     with running_uncompiled(model) as was_compiled, evaluating(model):
         if was_compiled:
-            notes.append("compiled code does not run hooks: the model ran uncompiled for this capture")
+            notes.append(RAN_UNCOMPILED)
         for name, job in jobs:
             with working_together(job.out, request.settings, job=name) as membership:
                 found, shared = job.run(Workers(membership), request.on_plan, request.on_batch)

@@ -40,6 +40,8 @@ _SHOWN = {
 
 def add(commands: Any) -> None:
     """Add the command."""
+    from residua.analysis.lens.lens_settings import GROUP_HELP
+
     text = "fit linear probes of a target, site by site"
     description = (
         "Fit a linear probe of a target at each site, test it on held-out documents, and compare it with a probe of "
@@ -56,11 +58,7 @@ def add(commands: Any) -> None:
     text = "make one row of the rows of each example (default: every row counts)"
     add_flag(parser, "--pool", text, choices=("last", "mean", "max"), metavar=None)
     add_flag(parser, "--test-fraction", "share of the documents that are held out for the test", 0.2)
-    text = (
-        "column whose equal values are held out together, besides documents and equal contents (source_index: "
-        "documents alone; example: each example for itself; default: none)"
-    )
-    add_flag(parser, "--group", text, metavar="COLUMN")
+    add_flag(parser, "--group", GROUP_HELP, metavar="COLUMN")
     text = "regress token ids, or texts by their alphabetical rank, although such numbers measure nothing"
     add_switch(parser, "--as-numbers", text)
     add_flag(parser, "--seed", "random seed for the held-out split and for the control", 0)

@@ -99,7 +99,7 @@ class Chats:
         if self.settings.generate is not None and not self.settings.continues_last_message:
             _refuse_answered(messages, number)
         render = partial(self._rendered, messages, listed or None)
-        with _naming_row(number):
+        with naming_row(f"row {number}"):
             ids = render(template, tokenize=True)["input_ids"]
             if any(isinstance(message.get("content"), list) for message in messages):
                 text = render(template, tokenize=False)
@@ -176,14 +176,15 @@ def _refuse_answered(messages: Sequence[Mapping[str, object]], number: int) -> N
 
 
 @contextmanager
-def _naming_row(number: int) -> Iterator[None]:
+def naming_row(where: str) -> Iterator[None]:
+    """Name the row whose chat a chat template refuses; a DatasetError names its row itself."""
     try:
         yield
     except DatasetError:
         raise
     except Exception as error:
         # The boundary to the chat template, a program that comes with the tokenizer and may raise anything.
-        raise DatasetError(f"row {number}: the chat template refuses this chat: {error}") from error
+        raise DatasetError(f"{where}: the chat template refuses this chat: {error}") from error
 
 
 def _names(template: str, name: str) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 from residua.pipelines.data.dataset import SOURCE_COLUMNS, DatasetReport
 from residua.pipelines.data.dataset_settings import DatasetSettings
 from residua.pipelines.data.rows_to_tokens import Source, Tokens
-from residua.pipelines.data.sources import Row, Rows, open_rows, refuse_taken
+from residua.pipelines.data.sources import Row, Rows, open_rows, refuse_taken, require_column
 from residua.pipelines.data.tokenizer import Tokenizer
 from residua.store.base.errors import DatasetError
 from residua.store.base.naming import named
@@ -142,8 +142,7 @@ def _check(settings: DatasetSettings) -> None:
 
 def _target_column(columns: Sequence[str], settings: DatasetSettings) -> str:
     asked, found = settings.target_column, ", ".join(columns)
-    if asked is not None and asked not in columns:
-        raise DatasetError(f"{named('target_column', asked)}: the dataset has no such column, it has {found}")
+    require_column(named("target_column", asked), asked, columns)
     column = asked or next((name for name in _TARGETS if name in columns), None)
     if column is None:
         raise DatasetError(

@@ -16,7 +16,7 @@ import numpy as np
 from residua.pipelines.data.chats import TOOLS, Chats
 from residua.pipelines.data.dataset_settings import DatasetSettings
 from residua.pipelines.data.missing_files import to_give
-from residua.pipelines.data.sources import Row, Rows
+from residua.pipelines.data.sources import Row, Rows, require_column
 from residua.pipelines.data.token_columns import TokenColumns
 from residua.pipelines.data.tokenizer import Tokenizer, knows_text, start_tokens, token_ids
 from residua.store.base.errors import DatasetError
@@ -102,9 +102,7 @@ class Tokens:
     def __post_init__(self) -> None:
         rule, tools = self.settings.rule.column, self.settings.tools_column
         for asked, column in ((named("positions", f"column:{rule}"), rule), (named("tools", tools), tools)):
-            if column and column not in self.rows.columns:
-                found = ", ".join(self.rows.columns)
-                raise DatasetError(f"{asked}: the dataset has no such column, it has {found}")
+            require_column(asked, column, self.rows.columns)
 
     @cached_property
     def start_ids(self) -> IntArray:

@@ -61,6 +61,12 @@ class Rows:
     runs_code: bool = True
 
 
+def require_column(asked: str, column: str | None, columns: Sequence[str]) -> None:
+    """Raise DatasetError if the dataset lacks a column that a setting, `asked` as the user gave it, names."""
+    if column and column not in columns:
+        raise DatasetError(f"{asked}: the dataset has no such column, it has {', '.join(columns)}")
+
+
 def refuse_taken(columns: Iterable[str], own: Collection[str]) -> None:
     """Raise DatasetError if one of a dataset's columns has the name of one of `own`, which its examples get."""
     if taken := [name for name in columns if name in own]:

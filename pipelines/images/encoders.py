@@ -20,7 +20,7 @@ from residua.capture.forward.example_inputs import ExampleInputs
 from residua.capture.sites.anatomy import PIXELS
 from residua.capture.sites.pixels import grid_of, is_cut, patch_grid, patch_order, views_of
 from residua.capture.sites.towers import image_token_of
-from residua.pipelines.data.chats import given_fields, message_of
+from residua.pipelines.data.chats import given_fields, message_of, naming_row
 from residua.pipelines.data.dataset_settings import DatasetSettings
 from residua.pipelines.data.missing_files import to_give
 from residua.pipelines.data.sources import Row
@@ -198,7 +198,7 @@ class TokenEncoder:
                 f"{where}: there is a chat, and the processor has no chat template ({named('chat_template')})"
             )
         messages = [_message(message, where) for message in chat]
-        try:
+        with naming_row(where):
             return str(
                 self._processor.apply_chat_template(
                     messages,
@@ -209,8 +209,6 @@ class TokenEncoder:
                     **self._settings.template_arguments,
                 )
             )
-        except Exception as error:  # the boundary to the chat template, a program that may raise anything
-            raise DatasetError(f"{where}: the chat template refuses this chat: {error}") from error
 
     def encode(self, images: Sequence[Image.Image], text: str, where: str) -> list[ExampleInputs]:
         """Return one example: the tokens, with those that stand for patches, and the processor's other tensors.

@@ -17,7 +17,7 @@ from PIL import Image
 from residua.capture.forward.example_inputs import OF_TOKENS, ExampleInputs
 from residua.pipelines.data.dataset import SOURCE_COLUMNS, DatasetReport
 from residua.pipelines.data.dataset_settings import DatasetSettings
-from residua.pipelines.data.sources import Row, Rows, local_path, open_rows, refuse_taken
+from residua.pipelines.data.sources import Row, Rows, local_path, open_rows, refuse_taken, require_column
 from residua.pipelines.images.images import GivenImage, given_image, open_image
 from residua.pipelines.images.spool import Spool, SpoolWriter, spool_folder
 from residua.store.base.canonical import Json
@@ -182,8 +182,7 @@ def read_image_examples(
 def _image_column(rows: Rows, settings: DatasetSettings, encoder: Encoder) -> str:
     refuse_taken(rows.columns, (*SOURCE_COLUMNS, _SOURCE_IMAGE, IMAGES, OTHER_INPUTS))
     asked, found = settings.image_column, ", ".join(rows.columns)
-    if asked is not None and asked not in rows.columns:
-        raise DatasetError(f"{named('image_column', asked)}: there is no such column, the dataset has {found}")
+    require_column(named("image_column", asked), asked, rows.columns)
     usual = [name for name in _USUAL if name in rows.columns]
     if asked is None and not usual:
         raise DatasetError(
@@ -195,8 +194,7 @@ def _image_column(rows: Rows, settings: DatasetSettings, encoder: Encoder) -> st
         raise DatasetError(
             f"{named('positions', 'assistant')} is for chats without images: give the mask as a column, column:NAME"
         )
-    if rule.column and rule.column not in rows.columns:
-        raise DatasetError(f"positions column:{rule.column}: the dataset has no such column, it has {found}")
+    require_column(named("positions", f"column:{rule.column}"), rule.column, rows.columns)
     if encoder.needs_image and settings.text_column is not None:
         raise DatasetError(f"{named('text_column', settings.text_column)}: the model takes images alone: leave it out")
     return usual[0] if asked is None else asked

@@ -18,7 +18,7 @@ from residua.store.base.errors import DamagedArchiveError, DatasetError, UnsafeA
 from residua.store.examples.index import OWN_COLUMNS, ExampleIndex, IntArray, add_to_digest, part_name, starts
 from residua.store.examples.part import Group, Part, naming, read_columns, read_group, read_images, read_parts
 from residua.store.examples.side_tables import SideColumns
-from residua.store.format.archive_metadata import file_digest
+from residua.store.format.archive_metadata import file_digest, require_digest
 
 _COLUMNS_AT_A_TIME = 1024  # examples whose columns are Python objects
 
@@ -271,8 +271,7 @@ class ExampleTable:
             return
         with naming(part.path):
             found = file_digest(part.path)
-        if found != expected:
-            raise DamagedArchiveError(f"{part.path} was altered (its SHA-256 differs): restore it from a copy")
+        require_digest(part.path, found, expected)
         self._unchecked.pop(part.path.name, None)
 
 

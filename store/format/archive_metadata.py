@@ -258,6 +258,12 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def require_digest(path: Path, found: str, expected: str) -> None:
+    """Raise DamagedArchiveError unless the SHA-256 of a file is the expected one."""
+    if found != expected:
+        raise DamagedArchiveError(f"{path} was altered (its SHA-256 differs): restore it from a copy")
+
+
 def sidecar_digests(archive: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the SHA-256 of every sidecar file, by its path inside the archive; files that are `known` are not read."""
     digests = dict(known or {})
@@ -278,6 +284,5 @@ def read_sidecar(archive: Path, metadata: Metadata, name: str) -> bytes | None:
         return None
     path = archive / name
     content = read_file(archive, path, SIDECAR_FOLDERS[PurePosixPath(name).parts[0]])
-    if hashlib.sha256(content).hexdigest() != metadata.files[name]:
-        raise DamagedArchiveError(f"{path} was altered (its SHA-256 differs): restore it from a copy")
+    require_digest(path, hashlib.sha256(content).hexdigest(), metadata.files[name])
     return content
