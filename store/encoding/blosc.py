@@ -6,19 +6,19 @@ highest plane is compressed by zstd, with settings that search for almost no mat
 are unless a sample shows that they would shrink. A frame in which nothing shrinks is Blosc's plain copy. Format:
 c-blosc `README_CHUNK_FORMAT.rst`, version 2.
 
-Frames are decoded here, too: numcodecs guards its Blosc with a semaphore that forked processes share, so a killed
-data-loading worker could block all others.
+Every length in a frame is compared here before c-blosc decodes it. numcodecs encodes under a semaphore that forked
+processes share, so that a killed worker could block all others; it decodes under none.
 """
 
 import struct
 import threading
-from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import zstandard
+from numcodecs.blosc import decompress
 
 from residua.store.storage.crc import Buffer
 
@@ -36,7 +36,6 @@ _UNEVEN = 1.2  # two equal bytes must be that much likelier than in noise before
 
 Plane: TypeAlias = "npt.NDArray[np.uint8]"
 Array: TypeAlias = "npt.NDArray[np.generic]"
-T = TypeVar("T")
 
 _settings = partial(zstandard.ZstdCompressionParameters, chain_log=6, search_log=1, min_match=7, strategy=1)
 _FAST = _settings(window_log=17, hash_log=6, write_content_size=True)
@@ -91,66 +90,47 @@ def decode_frame(frame: Plane, out: Array) -> None:
     expected = [out.dtype.itemsize, out.nbytes, min(out.nbytes, _MAX_BLOCK), frame.size]
     if sizes != expected or (version, codec) != (_VERSION, _ZSTD_VERSION):
         raise ValueError(f"the Blosc header says {[version, codec, *sizes]}, expected {[2, 1, *expected]}")
-    items = out.reshape(-1).view(f"<u{out.dtype.itemsize}")
     if flags == _COPIED | _ZSTD:
         if frame.size != HEADER.size + out.nbytes:
             raise ValueError(f"a copied Blosc frame of {out.nbytes} bytes has {frame.size}")
-        items.view(np.uint8)[:] = frame[HEADER.size :]
+        out.reshape(-1).view(np.uint8)[:] = frame[HEADER.size :]
     elif flags == _SHUFFLED | _ZSTD:
-        _join(_split_planes(frame, items.itemsize, items.size), items)
+        _check_planes(frame, out)
+        try:
+            decompress(frame, out)
+        except RuntimeError as error:
+            raise ValueError(f"a zstd plane cannot be decoded: {error}") from error
     else:
         raise ValueError(f"the Blosc flags are {flags:#x}, expected zstd with byte shuffle, or a copy")
 
 
-def _split_planes(frame: Plane, n_planes: int, n_items: int) -> list[Array]:
-    """Return the planes of a shuffled frame, `n_items` bytes each; check every length before use."""
-    at = HEADER.size + _LENGTH.size
-    planes: list[Array] = []
-    for _ in range(n_planes):
+def _check_planes(frame: Plane, out: Array) -> None:
+    """Raise ValueError unless every length in a shuffled frame for `out` is one that `encode_frame` writes."""
+    at, n_items = HEADER.size + _LENGTH.size, out.size
+    if not _MIN_PLANE <= n_items <= _MAX_BLOCK // out.dtype.itemsize:
+        raise ValueError(f"a Blosc frame of {out.nbytes} bytes is shuffled, expected a copy")
+    if frame.size < at or _LENGTH.unpack_from(frame.data, HEADER.size) != (at,):
+        raise ValueError(f"the block of the Blosc frame does not begin at byte {at}")
+    for _ in range(out.dtype.itemsize):
         if at + _LENGTH.size > frame.size:
             raise ValueError("the Blosc frame ends before its last plane")
         (length,) = _LENGTH.unpack_from(frame.data, at)
         at += _LENGTH.size
         if length > min(n_items, frame.size - at):
             raise ValueError(f"a Blosc plane says {length} bytes; {frame.size - at} are left for {n_items} items")
-        planes.append(_expand(frame[at : at + length], n_items))
+        if length < n_items and (size := _content_size(frame[at : at + length])) != n_items:
+            raise ValueError(f"a zstd plane says {size} bytes, expected {n_items}")
         at += length
     if at != frame.size:
         raise ValueError(f"the Blosc frame has {frame.size - at} bytes after its last plane")
-    return planes
 
 
-def _expand(stored: Plane, n_items: int) -> Array:
-    if stored.size == n_items:
-        return stored
+def _content_size(stored: Plane) -> int:
     try:
-        size = zstandard.frame_content_size(stored.data)
-        if size != n_items:
-            raise ValueError(f"a zstd plane says {size} bytes, expected {n_items}")
-        decompressor = _kept("decompress", zstandard.ZstdDecompressor)
-        return np.frombuffer(decompressor.decompress(stored.data, max_output_size=n_items), np.uint8)
+        size: int = zstandard.frame_content_size(stored.data)
     except zstandard.ZstdError as error:
         raise ValueError(f"a zstd plane cannot be decoded: {error}") from error
-
-
-def _join(planes: list[Array], out: Array) -> None:
-    """Interleave `planes`, lowest byte first, into the unsigned integers `out`.
-
-    Pairs are joined into items twice as wide until one is left: this vectorises, and strided copies do not.
-    """
-    while len(planes) > 1:
-        itemsize = 2 * planes[0].itemsize
-        joined: list[Array] = []
-        for low, high in zip(planes[::2], planes[1::2], strict=True):
-            items = out if itemsize == out.itemsize else np.empty(out.size, f"<u{itemsize}")
-            np.copyto(items, high)
-            np.left_shift(items, 4 * itemsize, out=items)
-            # Convert first: numpy is twice as slow when it converts within an operation.
-            np.bitwise_or(items, low.astype(items.dtype), out=items)
-            joined.append(items)
-        planes = joined
-    if planes[0] is not out:
-        np.copyto(out, planes[0])
+    return size
 
 
 def _copy_frame(values: Array) -> list[Buffer]:
@@ -183,12 +163,13 @@ def _is_uneven(plane: Plane) -> bool:
 
 
 def _shrink(plane: Plane, effort: str) -> Buffer:
-    compressors = _kept(effort, lambda: [zstandard.ZstdCompressor(compression_params=p) for p in _EFFORTS[effort]])
-    packed: bytes = min((compressor.compress(plane.data) for compressor in compressors), key=len)
+    packed: bytes = min((compressor.compress(plane.data) for compressor in _compressors(effort)), key=len)
     return packed if len(packed) < plane.size else plane
 
 
-def _kept(name: str, make: Callable[[], T]) -> T:
-    """Return the instance of this thread: zstd contexts are expensive to make and must not be shared."""
-    made: T = _local.__dict__.get(name) or _local.__dict__.setdefault(name, make())
-    return made
+def _compressors(effort: str) -> list[zstandard.ZstdCompressor]:
+    """Return those of this thread: zstd contexts are expensive to make and must not be shared."""
+    kept: dict[str, list[zstandard.ZstdCompressor]] = _local.__dict__
+    if effort not in kept:
+        kept[effort] = [zstandard.ZstdCompressor(compression_params=each) for each in _EFFORTS[effort]]
+    return kept[effort]

@@ -1,3 +1,4 @@
+import struct
 import sys
 import threading
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numcodecs.blosc import decompress
+from numcodecs.blosc import decompress, get_mutex
 
 from residua.store.base.errors import PlanError
 from residua.store.encoding.blosc import decode_frame, encode_frame
@@ -155,6 +156,44 @@ def test_hostile_frame_gives_an_error_or_values_but_nothing_else(data: st.DataOb
     except ValueError:
         return
     assert frame.size >= 16
+
+
+@pytest.mark.parametrize("begin", [0, 16, 24, 2**32 - 1])
+def test_block_that_begins_elsewhere_is_refused(begin: int) -> None:
+    values = np.zeros(512, np.uint16)
+    frame = joined(encode_frame(values, "fast")).copy()
+    frame[16:20] = np.frombuffer(np.uint32(begin).tobytes(), np.uint8)
+    with pytest.raises(ValueError, match="does not begin at byte 20"):
+        decode_frame(frame, values)
+
+
+@pytest.mark.parametrize("n_items", [1, 127])
+def test_shuffled_frame_of_few_items_is_refused(n_items: int) -> None:
+    planes = struct.pack("<I", 20) + 2 * (struct.pack("<I", n_items) + bytes(n_items))
+    header = struct.pack("<BBBBIII", 2, 1, 0x81, 2, 2 * n_items, 2 * n_items, 16 + len(planes))
+    with pytest.raises(ValueError, match="expected a copy"):
+        decode_frame(np.frombuffer(header + planes, np.uint8), np.zeros(n_items, np.uint16))
+
+
+def test_altered_zstd_plane_is_refused() -> None:
+    values = np.arange(4096, dtype=np.uint16) // 64
+    frame = joined(encode_frame(values, "matches")).copy()
+    frame[-8:] ^= 0xFF
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        decode_frame(frame, values)
+
+
+@pytest.mark.timeout(60)
+def test_lock_of_a_killed_encoder_blocks_no_decoder() -> None:
+    values = make_rows(make_spec(row_shape=(32,)), 64)
+    frame = joined(encode_frame(values, "fast"))
+    outs = [np.empty_like(values), np.empty_like(values)]
+    with get_mutex():
+        decode_frame(frame, outs[0])
+        thread = threading.Thread(target=decode_frame, args=(frame, outs[1]))
+        thread.start()
+        thread.join()
+    assert all(same_bits(out, values) for out in outs)
 
 
 @pytest.mark.parametrize("size", [2**31 - 1, 2**32 - 1, 600])
