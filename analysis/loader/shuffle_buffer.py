@@ -6,7 +6,6 @@ once reads neighbouring rows together, and the order after a stop can be compute
 """
 
 from collections.abc import Mapping, Sequence
-from math import prod
 
 import numpy as np
 
@@ -63,7 +62,7 @@ class ShuffleBuffer:
             last = min(self._height, first + stop - start)
             self._fill(number)
             at = self._shuffled[first:last]
-            pieces.append((self._rows[at], {name: _gather(values, at) for name, values in self._values.items()}))
+            pieces.append((self._rows[at], {name: values.take(at, axis=0) for name, values in self._values.items()}))
             start += last - first
         if len(pieces) == 1:
             return pieces[0]
@@ -77,7 +76,7 @@ class ShuffleBuffer:
         self._next = self._pieces(number + 1)
         n_rows = sum(map(len, pieces))
         self._number = -1  # of no buffer, if reading fails
-        self._rows[:n_rows] = np.concatenate([np.asarray(rows) for rows in pieces])
+        self._rows[:n_rows] = np.concatenate([_numbers(rows) for rows in pieces])
         following = Following(self._next, _AHEAD_BYTES // len(self._sources))
         for name, source in self._sources.items():
             source.fill(self._values[name][:n_rows], pieces, following)
@@ -95,9 +94,5 @@ def shuffled_slots(seed: Sequence[int] | None, number: int, n_rows: int) -> Numb
     return np.arange(n_rows) if seed is None else np.random.default_rng([*seed, number]).permutation(n_rows)
 
 
-def _gather(values: Array, at: Numbers) -> Array:
-    """Return rows of `values`. Numpy gathers opaque items faster than rows of numbers."""
-    row_shape = values.shape[1:]
-    item = np.dtype((np.void, values.dtype.itemsize * prod(row_shape)))
-    taken = values.reshape(-1).view(item)[at]
-    return taken.view(values.dtype).reshape(len(at), *row_shape)
+def _numbers(rows: Numbers | range) -> Numbers:
+    return np.arange(rows.start, rows.stop) if isinstance(rows, range) else rows
