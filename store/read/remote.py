@@ -424,12 +424,13 @@ class RemoteReader(ArrayReader):
                 self._held.pop(number, None)
 
     def _arriving(self, numbers: Sequence[int], then: Sequence[int]) -> Iterator[list[int]]:
-        """Yield the numbers of a few chunks at a time that have arrived and are held."""
+        """Yield the numbers of some chunks at a time that have arrived and are held: for each thread as many."""
         spec, n_rows = self._spec, self._n_rows
         for arrived in self._source.stream(spec, n_rows, numbers, then=then, window_bytes=self._window_bytes):
             self._held.update(arrived)
             found = list(arrived)
-            yield from (found[i : i + FEW_CHUNKS] for i in range(0, len(found), FEW_CHUNKS))
+            n_each = max(FEW_CHUNKS, -(-len(found) // self._threads))
+            yield from (found[i : i + n_each] for i in range(0, len(found), n_each))
 
     def _decode_in_threads(self, decode: Callable[[list[int]], None], arriving: Iterator[list[int]]) -> None:
         decoding: deque[Future[None]] = deque()
