@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.distributed.layouts.launches import LAYOUTS, launch  # noqa: E402  # on the path since the line before
-from tests.distributed.workers.forked_workers import ForkedWorkers  # noqa: E402  # likewise
+from tests.forking import ForkedWorkers  # noqa: E402  # likewise
 
 FIGURES = ROOT / "docs" / "layouts.json"
 PAGE = ROOT / "docs" / "distributed.md"

@@ -1,11 +1,13 @@
-"""Settings of all tests, and the S3 server that many share."""
+"""Settings of all tests, and what many share: the process that forks, and the S3 server."""
 
 import gc
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 from hypothesis import settings
 
+from tests.forking import ForkedWorkers
 from tests.servers.s3 import S3Server, serving_s3
 
 # No deadlines, because machines are shared. The same examples on every run: a test must not fail at random.
@@ -28,3 +30,9 @@ def pytest_collection_finish() -> None:
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     with serving_s3(tmp_path_factory.mktemp("s3")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def forked_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedWorkers]:
+    with closing(ForkedWorkers(tmp_path_factory.mktemp("logs"))) as process:
+        yield process

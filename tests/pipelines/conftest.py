@@ -1,19 +1,16 @@
-"""Fixtures for all tests here: a process that forks captures, and tokens and a model for small captures."""
-
-from collections.abc import Iterator
+"""Fixtures for all tests here: command lines in forked processes, and tokens and a model for small captures."""
 
 import pytest
 from transformers import PreTrainedModel
 
+from tests.forking import ForkedWorkers, Forks
 from tests.models.tiny import TINY
-from tests.pipelines.forking import Forks, forking
 from tests.pipelines.small_capture import make_tokens
 
 
 @pytest.fixture(scope="session")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    with forking(tmp_path_factory.mktemp("logs")) as process:
-        yield process
+def forks(forked_workers: ForkedWorkers) -> Forks:
+    return Forks(forked_workers)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.workers.forked_workers import ForkedWorkers, launched
+from tests.forking import ForkedWorkers, launched
 
 ROOT = Path(__file__).parents[3]
 WORKER = "tests.distributed.layouts.worker"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.layouts.launches import LAYOUTS, ROOT, launch
-from tests.distributed.workers.forked_workers import ForkedWorkers
+from tests.forking import ForkedWorkers
 
 pytestmark = pytest.mark.slow
 COMPARED = ("tried", "layout", "model", "what", "n_sites", "bound", "reason")

@@ -18,7 +18,7 @@ from residua.store.read.archive import Archive
 from residua.store.verification.verify import verify
 from tests.distributed.model_parallel.capture_cases import CASES, capture, is_recorded
 from tests.distributed.model_parallel.recorder_loop import record
-from tests.distributed.workers.forked_workers import ForkedWorkers, launched
+from tests.forking import ForkedWorkers, launched
 from tests.models.tiny import SPLIT
 from tests.plain_zarr import plain_array
 from tests.stopped import content

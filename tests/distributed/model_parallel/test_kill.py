@@ -9,8 +9,8 @@ import pytest
 
 from residua.store.read.archive import Archive
 from residua.store.verification.verify import verify
-from tests.distributed.workers.forked_workers import SOON, ForkedWorkers, Start, launched
 from tests.distributed.workers.test_replicas import summary
+from tests.forking import SOON, ForkedWorkers, Start, launched
 from tests.ragged import capture_words, write_dataset
 from tests.stopped import await_commits, check_end, check_stop
 

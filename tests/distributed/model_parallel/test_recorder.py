@@ -12,7 +12,7 @@ import pytest
 from residua.store.read.archive import Archive
 from residua.store.verification.verify import verify
 from tests.distributed.model_parallel.recorder_loop import KILLED_SITES, SHARDS_OF_FIRST, record
-from tests.distributed.workers.forked_workers import SOON, ForkedWorkers, launched
+from tests.forking import SOON, ForkedWorkers, launched
 from tests.models.tiny import SPLIT
 from tests.stopped import await_commits
 

@@ -8,7 +8,7 @@ import pytest
 from residua.store.read.archive import Archive
 from residua.store.verification.verify import verify
 from tests.distributed.model_parallel.routed_cases import SITES, captured
-from tests.distributed.workers.forked_workers import ForkedWorkers, launched
+from tests.forking import ForkedWorkers, launched
 from tests.models.registries import build
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]

@@ -13,7 +13,7 @@ import pytest
 import residua
 from residua.store.storage.lease import LEASE
 from residua.store.storage.objects import ObjectFolder
-from tests.distributed.workers.forked_workers import LOST_SECONDS, SOON, ForkedWorkers, Start, launched
+from tests.forking import LOST_SECONDS, SOON, ForkedWorkers, Start, launched
 from tests.ragged import capture_words, write_dataset
 from tests.servers.objects import check_same, files, objects
 from tests.servers.s3 import S3Server

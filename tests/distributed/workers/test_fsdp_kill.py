@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.workers.forked_workers import SOON, ForkedWorkers, Start, launched
 from tests.distributed.workers.user_script import capture
+from tests.forking import SOON, ForkedWorkers, Start, launched
 from tests.models.tiny import TINY
 from tests.stopped import await_commits, check_stop, content
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.workers.forked_workers import SOON, ForkedWorkers, Start, launched
+from tests.forking import SOON, ForkedWorkers, Start, launched
 from tests.ragged import MODEL
 from tests.stopped import check_end, content
 

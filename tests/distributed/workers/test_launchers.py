@@ -14,10 +14,9 @@ from residua.store.read.archive import Archive
 from residua.store.storage.lock import read_owner
 from residua.store.verification.verify import verify
 from tests.distributed.model_parallel.recorder_loop import record
-from tests.distributed.workers.forked_workers import ForkedWorkers, Start, launched
 from tests.distributed.workers.user_script import capture
+from tests.forking import ENVIRONMENT, ROOT, ForkedWorkers, Start, launched
 from tests.models.tiny import TINY
-from tests.pipelines.forking import ENVIRONMENT, ROOT
 from tests.ragged import capture_words, write_dataset
 from tests.stopped import await_commits, content
 

@@ -11,7 +11,7 @@ import pytest
 from residua.store.format.archive_metadata import is_archive
 from residua.store.read.archive import Archive
 from residua.store.storage.lock import read_owner
-from tests.distributed.workers.forked_workers import LOST_SECONDS, SOON, ForkedWorkers, Start, launched
+from tests.forking import LOST_SECONDS, SOON, ForkedWorkers, Start, launched
 from tests.ragged import capture_words, write_dataset
 from tests.stopped import SECONDS, await_commits, check_end, check_stop, committed
 

@@ -9,7 +9,7 @@ import pytest
 
 from residua.store.read.archive import Archive
 from residua.store.verification.verify import verify
-from tests.distributed.workers.forked_workers import SOON, Ended, ForkedWorkers, Start, launched
+from tests.forking import SOON, Ended, ForkedWorkers, Start, launched
 from tests.ragged import capture_words, write_dataset
 from tests.stopped import await_commits, check_end
 

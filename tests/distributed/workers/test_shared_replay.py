@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from residua.store.verification.verify import verify
-from tests.distributed.workers.forked_workers import SECONDS, SOON, Ended, ForkedWorkers, Start, launched
+from tests.forking import SECONDS, SOON, Ended, ForkedWorkers, Start, launched
 from tests.pipelines.replay.test_replay import contents
 from tests.ragged import MODEL, capture_words, write_dataset
 

@@ -23,10 +23,10 @@ from residua.pipelines.setup.models import load_model, load_tokenizer
 from residua.store.base.errors import DatasetError, PlanError
 from residua.store.read.archive import Archive
 from residua.store.verification.verify import verify
+from tests.forking import Forks
 from tests.models.tiny import TINY, VOCABULARY
 from tests.models.tiny_pairs import TINY_PAIRS
 from tests.pipelines.capture.growing_samples import PART_BYTES, capture, make_rows, write_long_labels
-from tests.pipelines.forking import Forks
 from tests.ragged import MODEL, capture_words
 from tests.stopped import check_end, check_stop, content
 

@@ -23,9 +23,9 @@ from residua.store.base.errors import DatasetError, StorageError
 from residua.store.examples import growing as examples_of
 from residua.store.storage.objects import ObjectFolder
 from residua.store.verification.verify import verify
+from tests.forking import Forks
 from tests.models.tiny import TINY
 from tests.pipelines.capture.growing_samples import PART_BYTES, capture, make_rows, write_long_labels
-from tests.pipelines.forking import Forks
 from tests.ragged import capture_words
 from tests.servers.objects import check_same, files, objects
 from tests.servers.proxy import proxied

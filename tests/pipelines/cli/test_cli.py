@@ -19,10 +19,10 @@ import residua
 from residua.pipelines.cli.main import main
 from residua.pipelines.setup.capture_settings import CaptureSettings
 from residua.store.read.archive import Archive
+from tests.forking import ENVIRONMENT
 from tests.models.tiny import ODD
 from tests.models.tiny_pairs import TINY_PAIRS
 from tests.models.tiny_vision import VISION
-from tests.pipelines.forking import ENVIRONMENT
 from tests.ragged import MODEL, capture_words, write_dataset
 from tests.stopped import take_back
 

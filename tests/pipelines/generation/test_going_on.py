@@ -13,8 +13,8 @@ import residua
 from residua.store.base.errors import PlanError
 from residua.store.read.archive import Archive
 from residua.store.storage.objects import ObjectFolder
+from tests.forking import Forks
 from tests.models.tiny import TINY, VOCABULARY
-from tests.pipelines.forking import Forks
 from tests.ragged import MODEL
 from tests.servers.s3 import S3Server
 from tests.stopped import check_end, content

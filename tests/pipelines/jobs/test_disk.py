@@ -9,7 +9,7 @@ import pytest
 
 from residua.store.read.archive import Archive
 from residua.store.verification.verify import verify
-from tests.pipelines.forking import Forks
+from tests.forking import Forks
 from tests.ragged import capture_words, write_dataset
 from tests.stopped import check_end
 

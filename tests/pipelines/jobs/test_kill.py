@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from residua.store.format.archive_metadata import is_archive
-from tests.pipelines.forking import Forks
+from tests.forking import Forks
 from tests.ragged import capture_words, write_dataset
 from tests.servers.objects import check_same, files, objects
 from tests.servers.s3 import S3Server

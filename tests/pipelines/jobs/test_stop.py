@@ -18,8 +18,8 @@ from residua.store.base.errors import CaptureError
 from residua.store.read.archive import Archive
 from residua.store.storage.files import write_file
 from residua.store.verification.verify import verify
+from tests.forking import ENVIRONMENT, ROOT, Forks
 from tests.models.tiny import VOCABULARY
-from tests.pipelines.forking import ENVIRONMENT, ROOT, Forks
 from tests.ragged import capture_words, write_dataset
 from tests.stopped import await_commits, check_end
 

@@ -24,7 +24,7 @@ from residua.store.storage.files import write_file
 from residua.store.storage.lock import ArchiveInUseError, locked
 from tests.calls import count_calls
 from tests.capture.replay_samples import EVEN, LAST, LENGTHS, PADDED, captured, model_of, run_in_full, tokens
-from tests.pipelines.forking import Forks
+from tests.forking import Forks
 from tests.ragged import MODEL, capture_words, write_dataset
 from tests.stopped import take_back
 

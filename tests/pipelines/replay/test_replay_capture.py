@@ -25,7 +25,7 @@ from residua.store.storage.destination import DiskFolder
 from residua.store.verification.verify import verify
 from tests.calls import count_calls
 from tests.capture.replay_samples import EVEN, LAST, LENGTHS, MODELS, PADDED, captured, model_of, run_in_full, tokens
-from tests.pipelines.forking import Forks
+from tests.forking import Forks
 from tests.ragged import MODEL, capture_words, write_dataset
 from tests.stopped import content
 
