@@ -46,9 +46,13 @@ def prepare_edits(
         NotCapturedError: An edit needs the mean of rows that are not captured yet.
     """
     prepared = []
+    resolved: dict[tuple[str, ...], Mapping[str, SiteInfo]] = {}  # to find sites of experts takes a walk of the model
     for number, edit in enumerate(edits, start=1):
         with naming_edit(number, edit), with_lens_here(edit) as here:
-            infos = unsharded_sites(model, list(edit.sites))
+            names = tuple(edit.sites)
+            if names not in resolved:
+                resolved[names] = unsharded_sites(model, list(names))
+            infos = resolved[names]
             rows = rows_of(infos.values())
             other = edit.archive if isinstance(edit, Swap | Mean) else None
             source: ExampleSource = rows.stored.source if other is None else open_archive(other, rows.source)

@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Literal
 
 from residua.store.base.errors import UnknownSiteError
@@ -123,6 +124,7 @@ class Site:
         return f"{self.module}@{self.side}" + ("" if self.index is None else f".{self.index}")
 
 
+@lru_cache(2**14)  # a model's sites are parsed by each of its batches, edits and selections
 def parse_site(text: str) -> Site:
     """Parse the name of one site.
 
