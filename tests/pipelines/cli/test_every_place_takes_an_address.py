@@ -217,4 +217,4 @@ def test_arguments_that_are_places_say_so() -> None:
         if action.dest in places and "address" not in (action.help or "") and action.nargs != 0
         if action.type in (None, str)
     }
-    assert silent == {(("pull",), "out"), (("card",), "address")}, "a folder here, and the address that a card names"
+    assert silent == {(("pull",), "out")}, "a pull writes a folder here"
