@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,6 @@ from residua.store.read.archive import Archive
 from residua.store.read.rows_in_shards import Array
 
 Numbers: TypeAlias = npt.NDArray[np.int64]
-Integers = TypeVar("Integers", bound=npt.NDArray[Any])
 Lookup: TypeAlias = Callable[[Numbers], Array]
 
 
@@ -58,19 +57,19 @@ def positions_of(archive: Archive, rows: Numbers) -> Numbers:
     return _checked(archive, "position", rows, row_numbers(archive, "position", rows), end)
 
 
-def token_numbers(archive: Archive, starts: Integers, examples: Integers, positions: Integers) -> Integers:
+def token_numbers(archive: Archive, starts: Numbers, examples: Numbers, positions: Numbers) -> Numbers:
     """Return the number of each row's token among those of all examples, the first tokens of which are `starts`.
 
     Raises:
         DamagedArchiveError: A position lies beyond the end of its example.
     """
-    found: Integers = starts[examples] + positions
+    found: Numbers = starts[examples] + positions
     if (found >= starts[examples + 1]).any():
         raise DamagedArchiveError(f"{archive.place}/rows/position has positions beyond the end of their example")
     return found
 
 
-def checked_examples(archive: Archive, rows: Numbers, examples: Integers) -> Integers:
+def checked_examples(archive: Archive, rows: Numbers, examples: Numbers) -> Numbers:
     """Return `examples`, the stored example numbers of `rows`, if all of them exist.
 
     Raises:
@@ -79,7 +78,7 @@ def checked_examples(archive: Archive, rows: Numbers, examples: Integers) -> Int
     return _checked(archive, "example", rows, examples, archive.example_table.index().n_examples)
 
 
-def _checked(archive: Archive, name: str, rows: Numbers, values: Integers, end: int) -> Integers:
+def _checked(archive: Archive, name: str, rows: Numbers, values: Numbers, end: int) -> Numbers:
     if len(values) and not 0 <= int(values.min()) <= int(values.max()) < max(1, end):
         raise DamagedArchiveError(
             f"{archive.place}/rows/{name} holds a number outside 0 to {max(1, end) - 1:,} in rows {rows.min():,} to "
