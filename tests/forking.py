@@ -206,6 +206,7 @@ class Child:
 
 def serve() -> None:
     """Run the process that forks, until its standard input ends."""
+    gc.disable()  # while everything is imported
     import datasets  # noqa: F401  # so that no worker has to import it
     import transformers.integrations.deepspeed  # noqa: F401  # likewise
 
@@ -280,6 +281,7 @@ def share_memory() -> None:
     get_checkpoint_conversion_mapping("llama")  # type: ignore[no-untyped-call]  # transformers has no annotations here
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def _say(message: object) -> None:

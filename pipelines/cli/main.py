@@ -5,6 +5,7 @@ wrong; 130 the user stopped the job.
 """
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -27,10 +28,14 @@ from residua.store.base.extras import missing_package
 from residua.store.base.naming import naming_flags
 
 _BAR_SWITCHES = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")  # transformers obeys the first
+_COLLECTED_AFTER = 50_000
+"""New objects after which Python looks for garbage; with its own 700, it looks through torch as that is imported."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    if arguments is None:  # the process is this command's own
+        gc.set_threshold(_COLLECTED_AFTER)
     parser = _parser()
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(bind_negative_values(words))
