@@ -169,7 +169,7 @@ class _Places:
         return [*self.parts, *self._totals, *self.bases]
 
     def names_of(self, number: int) -> tuple[str, tuple[str, ...], str]:
-        """Return the names of a addition's base, parts and total."""
+        """Return the names of an addition's base, parts and total."""
         parts = tuple(self._part(part).name for part in self._additions[number].parts)
         return self.bases[number].name, parts, self._totals[number].name
 

@@ -1,8 +1,7 @@
 """Google Cloud Storage and Azure Blob Storage, as obstore speaks with them; and what all services refuse."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from tests.servers.clouds import CloudServer, serving_cloud
 from tests.servers.proxy import Proxy, proxied
 from tests.servers.s3 import S3Server
 from tests.store.small_archive import make_archive
+from tests.store.storage.asking import WAYS
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -108,13 +108,6 @@ def test_a_list_that_lags_behind_loses_nothing(cloud: CloudServer, untouched: Pa
     there = {name.removeprefix("lagging.zarr/") for name in cloud.objects if name.startswith("lagging.zarr/")}
     here = {path.relative_to(untouched).as_posix() for path in untouched.rglob("*") if path.is_file()}
     assert there == {name for name in here if not name.startswith("commits/")}
-
-
-WAYS: dict[str, Callable[[str, Any], object]] = {
-    "open": lambda address, options: residua.open(address, storage_options=options),
-    "list": lambda address, options: list(ObjectFolder(address, options).list()),
-    "write": lambda address, options: ObjectFolder(address, options).create("x", b"1"),
-}
 
 
 @pytest.mark.parametrize("way", WAYS)
