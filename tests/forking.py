@@ -140,8 +140,10 @@ class ForkedWorkers:
         return self.wait(seconds)
 
     def close(self) -> None:
-        """End the process."""
-        self._server.communicate(timeout=SECONDS)
+        """Tell the process to end; its input may stay open, in a child that a loader has forked from this one since."""
+        with self._server:
+            self._send("end")
+            self._server.wait(SECONDS)
 
     def _send(self, message: object) -> None:
         assert self._server.stdin is not None
@@ -205,7 +207,7 @@ class Child:
 
 
 def serve() -> None:
-    """Run the process that forks, until its standard input ends."""
+    """Run the process that forks, until it is told to end, or its standard input ends."""
     gc.disable()  # while everything is imported
     import datasets  # noqa: F401  # so that no worker has to import it
     import transformers.integrations.deepspeed  # noqa: F401  # likewise
@@ -226,7 +228,9 @@ def serve() -> None:
     share_memory()
     _say("ready")
     for line in iter(sys.stdin.readline, ""):
-        pids = [_fork(request) for request in json.loads(line)]
+        if (requests := json.loads(line)) == "end":
+            break
+        pids = [_fork(request) for request in requests]
         _say(pids)
         ends = [os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT) for pid in pids]
         _say([end.si_status if end.si_code == os.CLD_EXITED else -end.si_status for end in ends if end is not None])

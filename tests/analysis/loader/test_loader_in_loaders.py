@@ -1,6 +1,8 @@
 """A loader inside other loaders: torchdata's, accelerate's, and torch's, over ranks and workers."""
 
+import gc
 import json
+import multiprocessing
 import pickle
 from collections.abc import Iterator
 from itertools import islice
@@ -39,6 +41,15 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
         input_ids=ids,
         rows_per_shard=512,
     )
+
+
+@pytest.fixture(autouse=True)
+def no_worker_stays() -> Iterator[None]:
+    """End the workers of a loader that failed: its traceback holds it until garbage is collected."""
+    before = set(multiprocessing.active_children())
+    yield
+    gc.collect()
+    assert set(multiprocessing.active_children()) <= before
 
 
 def make(archive: Archive, **settings: Any) -> Loader:
