@@ -20,18 +20,11 @@ from residua.store.read.remote_archive import RemoteArchive
 from residua.store.sharing.card import CARD, MAX_CARD_BYTES, Licences, is_own, make_card
 from residua.store.sharing.copied import N_AT_ONCE, BytesDone, Copied, is_part_of, refuse_lost_side_tables
 from residua.store.sharing.croissant import CROISSANT
-from residua.store.sharing.hub_client import Source, There, grouped, target_at
+from residua.store.sharing.hub_client import USUAL_SIZES, HubSizes, Source, There, grouped, target_at
 from residua.store.storage.address import HubPlace, hub_place
 from residua.store.storage.hub import folder_at
 from residua.store.storage.objects import in_parallel
 
-MOST_FILES = 100_000
-"""Files that a repository of the Hub may have."""
-
-MOST_IN_A_FOLDER = 10_000
-"""Files and folders that a folder of a repository may have."""
-
-_COMMIT_FILES, _COMMIT_BYTES = 200, 8 * 2**30
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FOLDERS = ("sites", "rows", "scales", "examples", "head", "tokenizer", "annotations")  # of an archive
 
@@ -46,6 +39,7 @@ class HubPush:
         check: Called with the path of a shard before it is sent; raises DamagedArchiveError if it was altered.
         storage_options: ``token`` and ``endpoint``.
         root: The root's metadata, as they are sent.
+        sizes: How many files the Hub takes, and how many a commit has.
 
     Raises:
         MissingPackageError: huggingface_hub is not installed.
@@ -61,15 +55,16 @@ class HubPush:
         check: Callable[[str], None],
         storage_options: Mapping[str, Any],
         root: bytes,
+        sizes: HubSizes = USUAL_SIZES,
     ) -> None:
-        self._archive, self._check, self._options = archive, check, storage_options
+        self._archive, self._check, self._options, self._sizes = archive, check, storage_options, sizes
         self.place = hub_place(address)
         if _COMMIT.fullmatch(self.place.revision):
             raise StorageError(f"{self.place.address} is a commit, which does not change: name a branch, or none")
-        _check_limits(files, self.place)
+        _check_limits(files, self.place, sizes)
         self._files = {name: Source(archive.path / name, size) for name, size in files.items()}
         self._files[ROOT] = Source(root, len(root))
-        self._target = target_at(self.place, storage_options)
+        self._target = target_at(self.place, storage_options, sizes)
         self._left = set[str]()  # files of the folder that are not sent
 
     def run(self, licences: Licences, on_bytes: Callable[[int, int], None], *, public: bool) -> Copied:
@@ -99,7 +94,7 @@ class HubPush:
         done = BytesDone(sum(source.n_bytes for source in {**files, **card}.values()), on_bytes)
         done.add(sum(source.n_bytes for name, source in files.items() if name not in to_send))
         early = {name: source for name, source in to_send.items() if name not in late}
-        for batch in grouped(early, _COMMIT_FILES, _COMMIT_BYTES):
+        for batch in grouped(early, self._sizes.commit_files, self._sizes.commit_bytes):
             self._send(batch, f"Add {len(batch):,} files", done)
         if early:
             self._compare({name: source for name, source in files.items() if name not in late})
@@ -187,13 +182,13 @@ def _of_bytes(files: Mapping[str, bytes]) -> dict[str, Source]:
     return {name: Source(data, len(data)) for name, data in files.items()}
 
 
-def _check_limits(files: Mapping[str, int], place: HubPlace) -> None:
+def _check_limits(files: Mapping[str, int], place: HubPlace, sizes: HubSizes) -> None:
     """Raise PlanError if the Hub does not take so many files, in all or in one folder."""
     entries = {path for name in files for path in (PurePosixPath(name), *PurePosixPath(name).parents)}
     folder, most = Counter(path.parent.as_posix() for path in entries).most_common(1)[0]
-    if len(files) > MOST_FILES or most > MOST_IN_A_FOLDER:
+    if len(files) > sizes.most_files or most > sizes.most_in_a_folder:
         raise PlanError(
             f"{place.address}: the archive has {len(files):,} files, {most:,} of them in {folder}, and the Hub takes "
-            f"{MOST_FILES:,}, and {MOST_IN_A_FOLDER:,} in a folder: make one with larger shards, with "
+            f"{sizes.most_files:,}, and {sizes.most_in_a_folder:,} in a folder: make one with larger shards, with "
             "residua pack ARCHIVE --for hub --out FOLDER, and push that"
         )

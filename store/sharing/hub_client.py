@@ -14,18 +14,40 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from urllib.parse import unquote
 
 from residua.store.base.errors import MissingPackageError, ResiduaError, StorageError
 from residua.store.storage.address import HubPlace
 from residua.store.storage.hub import hub_endpoint, hub_token
 
-_GROUP_FILES, _GROUP_BYTES = 50, 2**30  # sent together, between two steps of the progress
 _TRIES = 5
 _PASSING = (408, 412, 429, 500, 502, 503, 504)  # 412: somebody else's commit came first
 _DENIED = (401, 403)
 _STEP_BYTES = 1 << 20
+
+
+class HubSizes(NamedTuple):
+    """How many files the Hub takes, and how many are sent at a time.
+
+    Attributes:
+        most_files: Files that a repository may have.
+        most_in_a_folder: Files and folders that a folder of a repository may have.
+        commit_files: Files of one commit.
+        commit_bytes: Bytes of one commit, unless a file has more.
+        group_files: Files that are sent together, between two steps of the progress.
+        group_bytes: Bytes of these, unless a file has more.
+    """
+
+    most_files: int = 100_000
+    most_in_a_folder: int = 10_000
+    commit_files: int = 200
+    commit_bytes: int = 8 * 2**30
+    group_files: int = 50
+    group_bytes: int = 2**30
+
+
+USUAL_SIZES = HubSizes()
 
 
 @dataclass(frozen=True)
@@ -99,6 +121,7 @@ class HubTarget(ABC):
     Args:
         place: The folder.
         options: ``token`` and ``endpoint``, as for reading.
+        sizes: How many files are sent together.
 
     Attributes:
         place: As given.
@@ -111,8 +134,9 @@ class HubTarget(ABC):
     says_content: ClassVar[bool]
     """Whether `There` says what a file holds, and not its size alone."""
 
-    def __init__(self, place: HubPlace, options: Mapping[str, Any]) -> None:
+    def __init__(self, place: HubPlace, options: Mapping[str, Any], sizes: HubSizes = USUAL_SIZES) -> None:
         self.place = place
+        self._sizes = sizes
         self.page = f"{hub_endpoint(options)}{place.page}"
         self._client = _client(f"residua push to {place.address}")
         self._api: Any = self._client.HfApi(endpoint=hub_endpoint(options), token=hub_token(options) or False)
@@ -236,7 +260,7 @@ class HubRepository(HubTarget):
             operations[name] = self._client.CommitOperationAdd(self._path(name), data)
             if source.is_hashed:
                 operations[name].upload_info.sha256 = bytes.fromhex(source.sha256)
-        for group in grouped(files, _GROUP_FILES, _GROUP_BYTES):
+        for group in grouped(files, self._sizes.group_files, self._sizes.group_bytes):
             self._upload([operations[name] for name in group])
             for name, source in group.items():
                 source.learn(operations[name].upload_info.sha256.hex())  # the client hashes what it reads
@@ -254,8 +278,8 @@ class HubBucket(HubTarget):
 
     says_content = False
 
-    def __init__(self, place: HubPlace, options: Mapping[str, Any]) -> None:
-        super().__init__(place, options)
+    def __init__(self, place: HubPlace, options: Mapping[str, Any], sizes: HubSizes = USUAL_SIZES) -> None:
+        super().__init__(place, options, sizes)
         if not hasattr(self._api, "batch_bucket_files"):
             raise StorageError(
                 f"{place.address}: the installed huggingface_hub has no buckets: pip install -U huggingface_hub"
@@ -276,7 +300,7 @@ class HubBucket(HubTarget):
         message: str,  # noqa: ARG002  # a bucket has no messages
         on_file: Callable[[str], None],
     ) -> None:
-        for group in grouped(files, _GROUP_FILES, _GROUP_BYTES):
+        for group in grouped(files, self._sizes.group_files, self._sizes.group_bytes):
             self._upload([(source.data, self._path(name)) for name, source in group.items()])
             for name in group:
                 on_file(name)
@@ -285,9 +309,9 @@ class HubBucket(HubTarget):
         _again(lambda: self._api.batch_bucket_files(self.place.repository, add=list(files)))
 
 
-def target_at(place: HubPlace, options: Mapping[str, Any]) -> HubTarget:
+def target_at(place: HubPlace, options: Mapping[str, Any], sizes: HubSizes = USUAL_SIZES) -> HubTarget:
     """Return the place on the Hub to which files are sent."""
-    return (HubBucket if place.kind == "buckets" else HubRepository)(place, options)
+    return (HubBucket if place.kind == "buckets" else HubRepository)(place, options, sizes)
 
 
 def grouped(files: Mapping[str, Source], most_files: int, most_bytes: int) -> Iterator[dict[str, Source]]:

@@ -46,6 +46,7 @@ from residua.store.sharing.copied import (
     together,
 )
 from residua.store.sharing.hub import HubPush
+from residua.store.sharing.hub_client import USUAL_SIZES, HubSizes
 from residua.store.sharing.pull import pull_one
 from residua.store.sharing.small_files import fetch_index, fetch_small, side_table_files, small_files
 from residua.store.storage.address import is_remote, scheme_of
@@ -114,7 +115,7 @@ def push(
         return _push_stacks(archive, address, storage_options, on_bytes, keep_paths=keep_paths)
     if scheme_of(address) == "hf":
         licences = Licences(data=license, model=model_license, text=text_license)
-        return _push_to_hub(archive, address, licences, storage_options, on_bytes, keep_paths=keep_paths, public=public)
+        return push_to_hub(archive, address, licences, storage_options, on_bytes, keep_paths=keep_paths, public=public)
     out = bucket_at(address, storage_options)
     out.memory_bytes = _MEMORY_BYTES
     out.writer_threads(N_AT_ONCE)
@@ -210,17 +211,32 @@ class _ShardFile:
         self._begun.result()
 
 
-def _push_to_hub(
+def push_to_hub(
     archive: Archive,
     address: str,
     licences: Licences,
     storage_options: Mapping[str, Any] | None,
     on_bytes: _OnBytes,
     *,
-    keep_paths: bool,
-    public: bool,
+    keep_paths: bool = False,
+    public: bool = False,
+    sizes: HubSizes = USUAL_SIZES,
 ) -> Copied:
-    """Copy an archive to the Hub, whose client sends files of this machine."""
+    """Copy an archive to the Hub, whose client sends files of this machine.
+
+    Args:
+        archive: The archive, which is finished.
+        address: As for `push`.
+        licences: What the card says of them.
+        storage_options: As for `push`.
+        on_bytes: As for `push`.
+        keep_paths: As for `push`.
+        public: As for `push`.
+        sizes: How many files the Hub takes, and how many are sent at a time.
+
+    Raises:
+        DamagedArchiveError, MissingPackageError, PlanError, StorageError: As `push` does.
+    """
     with ExitStack() as stack:
         if archive.is_remote:
             archive, on_bytes = _brought(archive, stack.enter_context(_temporary()), on_bytes)
@@ -233,7 +249,7 @@ def _push_to_hub(
                     pass
 
         files = {**_small_sizes(archive.path), **_shard_sizes(archive, shards), ROOT: len(root)}
-        hub = HubPush(archive, address, files, check, storage_options or {}, root)
+        hub = HubPush(archive, address, files, check, storage_options or {}, root, sizes)
         copied = hub.run(licences, on_bytes, public=public)
         return replace(copied, notes=(*copied.notes, *notes))
 

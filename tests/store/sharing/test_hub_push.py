@@ -14,8 +14,9 @@ pytest.importorskip("huggingface_hub")
 from residua.store.base.errors import DamagedArchiveError, PlanError, StorageError
 from residua.store.read.archive import Archive
 from residua.store.read.remote_archive import RemoteArchive
-from residua.store.sharing.card import is_own
-from residua.store.sharing.push import push
+from residua.store.sharing.card import Licences, is_own
+from residua.store.sharing.hub_client import HubSizes
+from residua.store.sharing.push import push, push_to_hub
 from residua.store.verification.verify import verify
 from tests.servers.hub import HubServer, serving_hub
 from tests.servers.hub_client import StandInXet, online, use_hub
@@ -167,13 +168,15 @@ def test_a_file_that_changed_there_is_noticed_and_sent_again(hub: HubServer, tmp
     assert content(source).items() <= published(hub).items()
 
 
-def test_more_files_than_the_hub_takes(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def push_in(source: Path, sizes: HubSizes, options: dict[str, str] | None = None) -> None:
+    push_to_hub(Archive(source), "hf://datasets/org/acts", Licences(), options, lambda *_: None, sizes=sizes)
+
+
+def test_more_files_than_the_hub_takes(hub: HubServer, tmp_path: Path) -> None:
     source = make_archive(tmp_path / "a.zarr")
-    for limit in ("MOST_FILES", "MOST_IN_A_FOLDER"):
-        with monkeypatch.context() as patch:
-            patch.setattr(f"residua.store.sharing.hub.{limit}", 2)
-            with pytest.raises(PlanError, match=r"residua pack .*--for hub"):
-                push(source, "hf://datasets/org/acts")
+    for sizes in (HubSizes(most_files=2), HubSizes(most_in_a_folder=2)):
+        with pytest.raises(PlanError, match=r"the Hub takes .*\b2\b.*residua pack .*--for hub"):
+            push_in(source, sizes)
     assert not hub.repositories
 
 
@@ -214,9 +217,7 @@ def test_a_bucket(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def _push(source: Path, options: dict[str, str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         online(patch)
-        patch.setattr("residua.store.sharing.hub._COMMIT_FILES", 5)
-        patch.setattr("residua.store.sharing.hub_client._GROUP_FILES", 2)
-        push(source, "hf://datasets/org/acts", storage_options=options)
+        push_in(source, HubSizes(commit_files=5, group_files=2), options)
 
 
 def test_killed_at_random_moments_it_goes_on(hub: HubServer, tmp_path: Path) -> None:
