@@ -10,17 +10,19 @@ import time
 from collections.abc import Callable
 from functools import cache
 
-_SECONDS = 1.0  # of processor time between two returns: each takes some 20 ms, with asking for memory again thereafter
 _last = 0.0
 
 
-def return_freed_memory() -> None:
-    """Return freed memory to the system; once in a second of processor time, so it may be called often.
+def return_freed_memory(*, every_seconds: float = 1.0) -> None:
+    """Return freed memory to the system; not at every call, so it may be called often.
 
     Does nothing where the C library is not glibc.
+
+    Args:
+        every_seconds: Processor time between two returns. Each takes some 20 ms, with asking for memory again.
     """
     global _last  # malloc is the process's, too
-    if time.process_time() - _last >= _SECONDS:
+    if time.process_time() - _last >= every_seconds:
         _malloc_trim()(0)
         _last = time.process_time()
 

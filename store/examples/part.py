@@ -127,12 +127,14 @@ def _mapped(path: Path) -> Iterator[Any]:
         yield data
 
 
-def _check_pages(path: Path, groups: Sequence[RowGroup], names: tuple[str, ...]) -> list[Chunk]:
+def _check_pages(
+    path: Path, groups: Sequence[RowGroup], names: tuple[str, ...], most_bytes: int = MAX_PART_BYTES
+) -> list[Chunk]:
     """Return the sizes of columns before they are decoded; refuse more than Residua puts into a part."""
     with _mapped(path) as data:
         chunks = [chunk for group in groups for chunk in group.chunks(data, names)]
     _refuse(path, [size_problem(f"values of {chunk.column}", chunk.n_values, MAX_PART_VALUES) for chunk in chunks])
-    _refuse(path, [size_problem("bytes of columns", sum(chunk.n_bytes for chunk in chunks), MAX_PART_BYTES)])
+    _refuse(path, [size_problem("bytes of columns", sum(chunk.n_bytes for chunk in chunks), most_bytes)])
     return chunks
 
 
@@ -272,11 +274,11 @@ def _flat(path: Path, column: Any, counts: IntArray) -> IntArray:
     return flat
 
 
-def read_columns(part: PartFile, names: Sequence[str]) -> pa.Table:
-    """Read the columns `names`, as far as the part has them; raises as `read_parts` does."""
+def read_columns(part: PartFile, names: Sequence[str], *, most_bytes: int = MAX_PART_BYTES) -> pa.Table:
+    """Read the columns `names`, as far as the part has them and they take `most_bytes`; raises as `read_parts` does."""
     wanted = [name for name in names if name in part.schema.names]
     with naming(part.path):
-        _check_pages(part.path, part.groups, tuple(wanted))
+        _check_pages(part.path, part.groups, tuple(wanted), most_bytes)
         with _opened(part.path) as file:
             leaves = [file.schema.column(i).path for i in range(len(file.schema))]
         with _opened(
@@ -285,7 +287,7 @@ def read_columns(part: PartFile, names: Sequence[str]) -> pa.Table:
             table = file.read(columns=wanted)
         # Pages hold a text once, however many values repeat it.
         n_bytes = sum(_text_bytes(chunk) for column in table.columns for chunk in column.chunks)
-        _refuse(part.path, [size_problem("bytes of texts", n_bytes, MAX_PART_BYTES)])
+        _refuse(part.path, [size_problem("bytes of texts", n_bytes, most_bytes)])
         fields = [part.schema.field(name) for name in table.schema.names]
         plain = pa.schema(fields, metadata=table.schema.metadata)
         return table if table.schema.equals(plain) else table.cast(plain)

@@ -55,6 +55,7 @@ class RemoteArchive(Archive):
             caches, or False for none. By default there is one for web servers and the Hub.
         join_gap_bytes: Chunks of one shard that are this near share a request.
         request_bytes: Bytes of one request for rows, unless a chunk has more.
+        index_bytes: An index of at most so many bytes comes whole while the metadata are asked for.
 
     Attributes:
         chunks: The stored chunks.
@@ -76,6 +77,7 @@ class RemoteArchive(Archive):
         cache: Cache = None,
         join_gap_bytes: int = JOIN_GAP_BYTES,
         request_bytes: int = REQUEST_BYTES,
+        index_bytes: int = WHOLE_BYTES,
     ) -> None:
         folder = folder_at(address, storage_options)
         self._requests = {"join_gap_bytes": join_gap_bytes, "request_bytes": request_bytes}
@@ -84,13 +86,16 @@ class RemoteArchive(Archive):
             "threads": threads,
             "storage_options": storage_options,
             "cache": cache,
+            "index_bytes": index_bytes,
             **self._requests,
         }
         self._cache = _cache_of(address, cache)
         self._mirror = Mirror(folder, self._cache)
         self._n_annotated = 0
         with ThreadPoolExecutor(1, thread_name_prefix="residua-open") as pool:
-            start = pool.submit(_start_of_index, folder)  # meanwhile, for each request waits for its answer
+            start = pool.submit(
+                _start_of_index, folder, index_bytes
+            )  # meanwhile, for each request waits for its answer
             try:
                 self._mirror.need(ROOT, MAX_METADATA_BYTES)
             except StorageError:  # no bucket, for example
@@ -103,7 +108,7 @@ class RemoteArchive(Archive):
         if found.index is None or found.n_rows is None:
             self._bring_records(found.plan)
         else:
-            self._index = PackedIndex(folder, found.plan, found.n_rows, found.index, start.result())
+            self._index = PackedIndex(folder, found.plan, found.n_rows, found.index, start.result(), index_bytes)
         with self._mirror.naming():
             super().__init__(self._mirror.path, check=check, threads=threads)
         tables = RecordTables(self.plan, self.commits) if self._index is None else self._index
@@ -265,10 +270,10 @@ class RemoteArchive(Archive):
         return open_zarr_group(RemoteArchiveStore(self.folder, self.plan, documents, captured, self._missing))
 
 
-def _start_of_index(folder: ObjectFolder) -> bytes:
+def _start_of_index(folder: ObjectFolder, most_bytes: int) -> bytes:
     """Return the first bytes of an archive's index; none if there is none, or if the Hub has to say a commit first."""
     try:
-        return b"" if isinstance(folder, HubFolder) else folder.read_start(INDEX, WHOLE_BYTES)
+        return b"" if isinstance(folder, HubFolder) else folder.read_start(INDEX, most_bytes)
     except OSError:  # what is wrong is said when the index is needed
         return b""
 

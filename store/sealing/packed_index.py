@@ -135,6 +135,7 @@ class PackedIndex(Mapping[int, Commit]):
         n_rows: Its rows.
         entry: What the root's metadata say about the index.
         start: For an address: its first bytes, as far as they are known.
+        whole_bytes: For an address: an index of at most so many bytes comes with one request.
 
     Attributes:
         path: The file, or its address.
@@ -148,9 +149,17 @@ class PackedIndex(Mapping[int, Commit]):
     """
 
     def __init__(
-        self, archive: Path | ObjectFolder, plan: Plan, n_rows: int, entry: Mapping[str, Json], start: bytes = b""
+        self,
+        archive: Path | ObjectFolder,
+        plan: Plan,
+        n_rows: int,
+        entry: Mapping[str, Json],
+        start: bytes = b"",
+        whole_bytes: int = WHOLE_BYTES,
     ) -> None:
-        self._file: _File = _RemoteFile(archive, start) if isinstance(archive, ObjectFolder) else _LocalFile(archive)
+        self._file: _File = (
+            _RemoteFile(archive, start, whole_bytes) if isinstance(archive, ObjectFolder) else _LocalFile(archive)
+        )
         self.path = self._file.path
         self.digest = str(entry["sha256"])
         self._args = (archive, plan, n_rows, dict(entry))
@@ -356,12 +365,14 @@ class _RemoteFile:
     Args:
         folder: The archive.
         start: The first bytes of the index, as far as they are known.
+        whole_bytes: An index of at most so many bytes comes with one request.
     """
 
-    def __init__(self, folder: ObjectFolder, start: bytes) -> None:
+    def __init__(self, folder: ObjectFolder, start: bytes, whole_bytes: int) -> None:
         self.path = f"{folder}/{INDEX}"
         self._folder = folder
         self._start = start
+        self._whole_bytes = whole_bytes
 
     def check(self, n_bytes: int) -> None:
         """Ask for nothing: the first read tells."""
@@ -371,7 +382,7 @@ class _RemoteFile:
         if not n_bytes:
             return b""
         stop = start + n_bytes
-        if stop > len(self._start) and file_bytes <= WHOLE_BYTES:
+        if stop > len(self._start) and file_bytes <= self._whole_bytes:
             self._start = self._ask(0, file_bytes)
         return self._start[start:stop] if stop <= len(self._start) else self._ask(start, n_bytes)
 

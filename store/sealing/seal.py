@@ -81,6 +81,7 @@ def seal(
     sealed: Mapping[str, Json] | None = None,
     *,
     on_shard: _Progress = lambda *_: None,
+    page_bytes: int = PAGE_BYTES,
 ) -> None:
     """Say that every shard is captured, and write what opens the archive at once; nothing if both is done.
 
@@ -92,6 +93,7 @@ def seal(
         sealed: For an archive of open size, `n_rows`, `n_examples` and the examples' digest; they follow from the plan
             of any other archive.
         on_shard: Called after each shard, with the number done and the total.
+        page_bytes: Bytes of a page of the index, which is read and checked as one.
 
     Raises:
         DamagedArchiveError: A record is missing or damaged, or a file that it names is missing or has another size.
@@ -99,7 +101,7 @@ def seal(
     """
     if metadata.sealed is None or metadata.index is None:
         given = sealed or metadata.sealed or _sealed_as_planned(metadata.plan)
-        _seal(destination_of(archive), metadata, given, on_shard)
+        _seal(destination_of(archive), metadata, given, on_shard, page_bytes)
 
 
 def pack(
@@ -150,17 +152,19 @@ def _pack(out: Destination, on_shard: _Progress) -> None:
     metadata = read_metadata(out.path)
     if metadata.n_rows is None:
         raise NotCapturedError(f"{out} is not finished: its loop is still open, or ended with an error")
-    _seal(out, metadata, metadata.sealed or _sealed_as_planned(metadata.plan), on_shard)
+    _seal(out, metadata, metadata.sealed or _sealed_as_planned(metadata.plan), on_shard, PAGE_BYTES)
 
 
-def _seal(out: Destination, metadata: Metadata, sealed: Mapping[str, Json], on_shard: _Progress) -> None:
+def _seal(
+    out: Destination, metadata: Metadata, sealed: Mapping[str, Json], on_shard: _Progress, page_bytes: int
+) -> None:
     plan, n_rows = metadata.plan, sealed["n_rows"]
     if not isinstance(n_rows, int):
         raise TypeError(f"n_rows is {n_rows!r}")
     archive = out.path
     _bring_records(out, plan.n_shards(n_rows))
     _update_arrays(archive, plan, n_rows)
-    made = _write_index(out, plan, n_rows, on_shard)
+    made = _write_index(out, plan, n_rows, on_shard, page_bytes)
     index = PackedIndex(archive, plan, n_rows, made.entry)
     for site in plan.sites:
         if not PRESETS[site.codec].is_lossless:
@@ -222,7 +226,7 @@ class _Made(NamedTuple):
     examples: Mapping[str, str]
 
 
-def _write_index(out: Destination, plan: Plan, n_rows: int, on_shard: _Progress) -> _Made:
+def _write_index(out: Destination, plan: Plan, n_rows: int, on_shard: _Progress, page_bytes: int) -> _Made:
     """Write the packed index of all records; memory does not grow with their number."""
     archive, layout, size_of = out.path, IndexLayout(plan, n_rows), out.sizes()
     with tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES, dir=str(archive)) as body:
@@ -237,12 +241,12 @@ def _write_index(out: Destination, plan: Plan, n_rows: int, on_shard: _Progress)
             examples |= named_example_files({shard: commit})
             on_shard(shard + 1, layout.n_shards)
         n_bytes = entries.finish()
-        pages = list(_page_digests(cast("IO[bytes]", body)))
+        pages = list(_page_digests(cast("IO[bytes]", body), page_bytes))
         n_losses = int(entries.totals["n_losses"].sum())
-        numbers = (MAGIC, PAGE_BYTES, len(layout.files), layout.n_shards, n_rows, n_losses, bytes.fromhex(plan.digest))
+        numbers = (MAGIC, page_bytes, len(layout.files), layout.n_shards, n_rows, n_losses, bytes.fromhex(plan.digest))
         head = b"".join([HEADER.pack(*numbers), entries.totals.tobytes(), *pages])
         body.seek(0)
-        write_file(archive / INDEX, _joined(head, cast("IO[bytes]", body)))
+        write_file(archive / INDEX, _joined(head, cast("IO[bytes]", body), page_bytes))
     entry: dict[str, Json] = {
         "n_bytes": len(head) + n_bytes,
         "head_bytes": len(head),
@@ -251,15 +255,15 @@ def _write_index(out: Destination, plan: Plan, n_rows: int, on_shard: _Progress)
     return _Made(entry, examples)
 
 
-def _joined(head: bytes, body: IO[bytes]) -> Iterator[bytes]:
+def _joined(head: bytes, body: IO[bytes], page_bytes: int) -> Iterator[bytes]:
     yield head
-    while page := body.read(PAGE_BYTES):
+    while page := body.read(page_bytes):
         yield page
 
 
-def _page_digests(body: IO[bytes]) -> Iterator[bytes]:
+def _page_digests(body: IO[bytes], page_bytes: int) -> Iterator[bytes]:
     body.seek(0)
-    while page := body.read(PAGE_BYTES):
+    while page := body.read(page_bytes):
         yield hashlib.sha256(page).digest()
 
 

@@ -24,12 +24,9 @@ def fragments() -> list[np.ndarray]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_what_lies_between_blocks_in_use_goes_back(
-    fragments: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(freed_memory, "_last", -1e9)
+def test_what_lies_between_blocks_in_use_goes_back(fragments: list[np.ndarray]) -> None:
     before = allocated()
-    return_freed_memory()
+    return_freed_memory(every_seconds=0)
     assert before - allocated() > 16 * 2**20
     assert all(block.all() for block in fragments)
 
@@ -37,15 +34,14 @@ def test_what_lies_between_blocks_in_use_goes_back(
 def test_it_is_rare(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     monkeypatch.setattr(freed_memory, "_malloc_trim", lambda: calls.append)
-    monkeypatch.setattr(freed_memory, "_last", -1e9)
+    return_freed_memory(every_seconds=0)
     for _ in range(100):
-        return_freed_memory()
+        return_freed_memory(every_seconds=1000)
     assert len(calls) == 1
 
 
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
-    monkeypatch.setattr(freed_memory, "_last", -1e9)
     freed_memory._malloc_trim.cache_clear()
-    return_freed_memory()
+    return_freed_memory(every_seconds=0)
     freed_memory._malloc_trim.cache_clear()

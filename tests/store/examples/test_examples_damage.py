@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from residua.store.base.errors import DamagedArchiveError, UnsafeArchiveError
+from residua.store.examples.part import read_columns, read_parts
 from residua.store.examples.table import ExampleTable
 from tests.store.example_samples import CONTENT, Content, as_lists, written
 
@@ -93,9 +94,8 @@ class TestDamage:
         ],
     )
     def test_a_text_that_many_examples_repeat_is_counted_each_time(
-        self, wrap: Callable[[str], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, wrap: Callable[[str], object], tmp_path: Path
     ) -> None:
-        monkeypatch.setattr("residua.store.examples.part.MAX_PART_BYTES", 10_000)
         written(tmp_path)
         path = tmp_path / "part-00000.parquet"
         part = pq.read_table(path)
@@ -103,14 +103,15 @@ class TestDamage:
             for length, is_read in ((10, True), (9_000, False)):
                 column = pa.array([wrap("x" * length)] * len(part))
                 pq.write_table(part.append_column(name, column), path)
-                table = ExampleTable(tmp_path)
+                (stored, *_) = read_parts(tmp_path)
                 assert path.stat().st_size < 10_000
                 if is_read:
-                    assert table.table([name])[name].to_pylist()[: len(part)] == column.to_pylist()
-                    assert table.table([name]).schema.field(name).type == column.type
+                    found = read_columns(stored, [name], most_bytes=10_000)
+                    assert found[name].to_pylist()[: len(part)] == column.to_pylist()
+                    assert found.schema.field(name).type == column.type
                 else:
                     with pytest.raises(UnsafeArchiveError, match=r"part-00000.parquet: .*bytes of texts"):
-                        table.table([name])
+                        read_columns(stored, [name], most_bytes=10_000)
 
     def test_missing_column(self, tmp_path: Path) -> None:
         written(tmp_path)

@@ -10,10 +10,8 @@ import pytest
 from residua.store.base.canonical import digest_of
 from residua.store.base.errors import ResiduaError, StorageError, UnsafeArchiveError
 from residua.store.format.archive_metadata import ROOT
-from residua.store.read import remote_archive
 from residua.store.read.archive import Archive
 from residua.store.read.remote_archive import RemoteArchive
-from residua.store.sealing import packed_index
 from residua.store.sealing.packed_index import INDEX
 from residua.store.sharing.pull import pull
 from tests.servers.files import FileServer, serving_files
@@ -79,10 +77,8 @@ def test_an_index_that_comes_with_its_head_is_not_taken_at_any_length(server: Fi
     assert server.n_bytes < FEW_BYTES
 
 
-def test_pages_of_the_index_are_not_taken_at_any_length(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (packed_index, remote_archive):
-        monkeypatch.setattr(module, "WHOLE_BYTES", 0)
-    there = opened(server)
+def test_pages_of_the_index_are_not_taken_at_any_length(server: FileServer) -> None:
+    there = RemoteArchive(f"{server.url}/a.zarr", storage_options=QUICK, cache=False, index_bytes=0)
     server.forget()
     server.faults = ["endless"] * 5
     with pytest.raises(StorageError, match=rf"{INDEX}.*more came"):
