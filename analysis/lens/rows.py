@@ -34,7 +34,6 @@ MOST_BLOCKS = 4096  # the deepest models have some hundreds
 _BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")  # keys of a model's config
 _DECODER_COUNTS = ("num_decoder_layers", "decoder_layers")  # of an encoder-decoder
 _MOST_CONFIG_BYTES = 2**24
-_CHUNK_ROWS = 128
 _MOST_SITE_BYTES = 2**28  # rows of one site in memory at a time
 
 Rows = npt.NDArray[np.int64]
@@ -137,6 +136,7 @@ class LensRows:
         archive: The archive; only committed rows are used.
         settings: How many rows to use, and which examples are held out.
         held_out: `held_out` of another object for the same archive and settings: finding it reads all tokens.
+        chunk_rows: Rows that are chosen together, unless a shard has fewer.
 
     Attributes:
         settings: The settings.
@@ -144,7 +144,12 @@ class LensRows:
     """
 
     def __init__(
-        self, archive: Archive, settings: LensSettings, *, held_out: npt.NDArray[np.uint8] | None = None
+        self,
+        archive: Archive,
+        settings: LensSettings,
+        *,
+        held_out: npt.NDArray[np.uint8] | None = None,
+        chunk_rows: int = 128,
     ) -> None:
         self._archive = archive
         self.settings = settings
@@ -154,7 +159,7 @@ class LensRows:
         self.held_out = held_out
         n_examples = archive.example_table.index().n_examples
         self._is_held_out = np.unpackbits(held_out, count=n_examples).astype(np.bool_)
-        self._height = min(_CHUNK_ROWS, archive.plan.rows_per_shard)
+        self._height = min(chunk_rows, archive.plan.rows_per_shard)
 
     def chunks(self) -> Rows:
         """Return the first rows of the chunks that train, in ascending order."""

@@ -70,6 +70,7 @@ class _Training:
         held_out: Which examples are held out, as `LensRows` packs it.
         n_parts: Number of parts that the rows are divided into.
         memory_limit: Bytes that a worker may use.
+        chunk_rows: As for `LensRows`.
     """
 
     archive: Location
@@ -79,10 +80,11 @@ class _Training:
     held_out: npt.NDArray[np.uint8]
     n_parts: int
     memory_limit: int
+    chunk_rows: int
 
     @property
     def reader(self) -> LensRows:
-        return LensRows(opened(self.archive), self.settings, held_out=self.held_out)
+        return LensRows(opened(self.archive), self.settings, held_out=self.held_out, chunk_rows=self.chunk_rows)
 
     @property
     def decoder(self) -> Decoder:
@@ -183,6 +185,7 @@ class LensTraining:
             divergence was 0.4 % higher on the shipped model, with four of 34,000 rows 1.5 %.
         sums_share: One in how many bytes of a worker's memory the sums of one leaf may take.
         origin_chunks: From how many chunks the origin of the sums is estimated; 0: it is zero.
+        chunk_rows: Rows that are chosen together, unless a shard has fewer.
 
     Raises:
         AnalysisError: The archive lacks what is needed, or the folder holds a lens of other settings.
@@ -200,6 +203,7 @@ class LensTraining:
         rows_per_part: int = 100_000,
         sums_share: int = 16,
         origin_chunks: int = 8,
+        chunk_rows: int = 128,
     ) -> None:
         self._archive = opened(location(archive))
         self._cluster = cluster
@@ -208,14 +212,14 @@ class LensTraining:
         self._work = self._out / _WORK
         self._points = lens_points(archive, sites)
         archive.refuse_losses({*self._points.sites.values(), self._points.final}, "a lens")
-        self._reader = LensRows(self._archive, settings)
+        self._reader = LensRows(self._archive, settings, chunk_rows=chunk_rows)
         self._check_size(settings)
         if settings.device is not None:
             list(cluster.map(checked_device, [settings.device], label="looking for the device"))
         n_parts = self._start(settings, settings.parts or self._default_parts(settings, rows_per_part))
         where, limit = location(archive), cluster.memory_limit
         held_out = self._reader.held_out
-        self._training = _Training(where, self._work, self._points, settings, held_out, n_parts, limit)
+        self._training = _Training(where, self._work, self._points, settings, held_out, n_parts, limit, chunk_rows)
 
     def train(self) -> None:
         """Find the maps of all unfinished layers."""

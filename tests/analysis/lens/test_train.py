@@ -113,11 +113,17 @@ def fit_on(
     *,
     rows_per_part: int = 100_000,
     sums_share: int = 16,
+    chunk_rows: int = 128,
     **options: Any,
 ) -> bytes:
-    settings = LensSettings(**options)
     training = LensTraining(
-        archive, out, settings=settings, cluster=cluster, rows_per_part=rows_per_part, sums_share=sums_share
+        archive,
+        out,
+        settings=LensSettings(**options),
+        cluster=cluster,
+        rows_per_part=rows_per_part,
+        sums_share=sums_share,
+        chunk_rows=chunk_rows,
     )
     training.train()
     TunedLens(*training.evaluate()).save(out)
@@ -226,14 +232,13 @@ def test_blocks_of_columns_of_the_sums_give_the_same_lens(lens_archive: Archive,
 
 
 def test_too_few_rows_and_too_little_memory_are_refused_before_anything_runs(
-    lens_archive: Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lens_archive: Archive, tmp_path: Path
 ) -> None:
     with connect("inline") as inline:
         with pytest.raises(AnalysisError, match=r"width \d+ .*GiB.*memory_limit="):
             fit_on(Resized(inline, 1, 4096), lens_archive, tmp_path / "memory")
-        monkeypatch.setattr("residua.analysis.lens.rows._CHUNK_ROWS", 16)
         with pytest.raises(AnalysisError, match=r"14 rows.*too few for width \d+.*rows="):
-            fit_on(inline, lens_archive, tmp_path / "rows", rows=10)
+            fit_on(inline, lens_archive, tmp_path / "rows", rows=10, chunk_rows=16)
         (width,) = lens_archive.plan.site("resid_post.0").row_shape
         held = len(LensRows(lens_archive, LensSettings()).held_out_rows(4096))
         head_bytes = (lens_archive.head / "head.safetensors").stat().st_size
