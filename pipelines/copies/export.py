@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from residua.analysis.rows.tables import record_batches
 from residua.store.base.errors import PlanError
+from residua.store.base.sizes import Size, n_bytes
 from residua.store.encoding.dtypes import BFLOAT16
 from residua.store.read.archive import Archive
 from residua.store.read.stacks import open_source
@@ -34,13 +35,18 @@ EXPORT_FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
 VECTOR = "activation_vector"
 """Column of the rows if one site is exported to Parquet, as published sets of activations name it."""
 
-_BATCH_BYTES = 64 * 1024 * 1024  # of float32 values read at a time
-_PART_BYTES = 512 * 1024 * 1024  # of float32 values in a file of a dataset
 _SAFETENSORS = {"float64": "F64", "float32": "F32", "float16": "F16", BFLOAT16: "BF16", "int64": "I64", "int32": "I32"}
 _SAFETENSORS |= {"int8": "I8", "uint8": "U8"}
 _ROW_COLUMNS = ("token", "position", "example")
 _Numbers = npt.NDArray[np.int64]
 _Progress = Callable[[int, int], None]
+
+
+class _Sizes(NamedTuple):
+    """Bytes of float32 values: of a batch that is read at a time, and of a file of a dataset."""
+
+    batch: int
+    part: int
 
 
 def export(
@@ -50,6 +56,8 @@ def export(
     to: ExportFormat,
     sites: str | Iterable[str] | None = None,
     rows: str | None = None,
+    part_bytes: Size = "512MiB",
+    batch_bytes: Size = "64MiB",
     storage_options: Mapping[str, Any] | None = None,
     on_row: _Progress = lambda *_: None,
 ) -> str | PathLike[str]:
@@ -71,6 +79,9 @@ def export(
         to: The format.
         sites: Sites; all by default.
         rows: A condition on rows, for example ``position > 0``; all rows by default.
+        part_bytes: Float32 values of one file of a dataset (``hf``), before they are compressed: bytes, or a text such
+            as ``1GB``.
+        batch_bytes: Float32 values that are in memory at a time, likewise.
         storage_options: For addresses, as for `residua.open`; of `out` alone, if their services differ.
         on_row: Called as rows are written, with the number done and the total.
 
@@ -78,7 +89,7 @@ def export(
         `out`.
 
     Raises:
-        PlanError: There is no such format, or no row is left.
+        PlanError: There is no such format, a size is none, or no row is left.
         FileExistsError: `out` exists.
         UnknownSiteError: `sites` matches no stored site.
         NotCapturedError: The archive is not finished.
@@ -91,6 +102,7 @@ def export(
         source = source.of_sites(sites)
     if to not in EXPORT_FORMATS:
         raise PlanError(f"there is no format {to!r}: choose one of {', '.join(EXPORT_FORMATS)}")
+    sizes = _Sizes(n_bytes(batch_bytes, "batch_bytes"), n_bytes(part_bytes, "part_bytes"))
     if is_taken(out, storage_options):
         raise FileExistsError(f"{shown(out)} exists: choose another place, or remove it")
     names = source.sites if sites is None else source.select(sites)
@@ -100,7 +112,7 @@ def export(
         raise PlanError(f"no row meets {rows!r}: choose another condition")
     place = result_file if to in ("parquet", "safetensors") else result_folder
     with place(out, storage_options, n_bytes=len(numbers) * _row_bytes(source, names)) as target:
-        _WRITERS[to](source, target, names, numbers, on_row)
+        _WRITERS[to](source, target, names, numbers, on_row, sizes)
     return out
 
 
@@ -108,9 +120,11 @@ def _row_bytes(archive: Archive, sites: Sequence[str]) -> int:
     return 4 * sum(int(np.prod(archive[name].shape[1:])) for name in sites) + 64
 
 
-def _parquet(archive: Archive, out: Path, sites: Sequence[str], rows: _Numbers, on_row: _Progress) -> None:
+def _parquet(
+    archive: Archive, out: Path, sites: Sequence[str], rows: _Numbers, on_row: _Progress, sizes: _Sizes
+) -> None:
     temporary = out.with_name(f".{out.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    batch_rows = max(1, _BATCH_BYTES // _row_bytes(archive, sites))
+    batch_rows = max(1, sizes.batch // _row_bytes(archive, sites))
     out.parent.mkdir(parents=True, exist_ok=True)
     done = 0
     try:
@@ -134,8 +148,8 @@ def _with_vector(batch: pa.RecordBatch, site: str) -> pa.RecordBatch:
     return batch.rename_columns([VECTOR if name == site else name for name in batch.schema.names])
 
 
-def _hf(archive: Archive, out: Path, sites: Sequence[str], rows: _Numbers, on_row: _Progress) -> None:
-    height = max(1, _PART_BYTES // _row_bytes(archive, sites))
+def _hf(archive: Archive, out: Path, sites: Sequence[str], rows: _Numbers, on_row: _Progress, sizes: _Sizes) -> None:
+    height = max(1, sizes.part // _row_bytes(archive, sites))
     n_parts = -(-len(rows) // height)
     (out / "data").mkdir(parents=True, exist_ok=True)
     for part in range(n_parts):
@@ -145,7 +159,7 @@ def _hf(archive: Archive, out: Path, sites: Sequence[str], rows: _Numbers, on_ro
         def on_part(done: int, _: int, first: int = first) -> None:
             on_row(first + done, len(rows))
 
-        _parquet(archive, out / "data" / name, sites, rows[first : first + height], on_part)
+        _parquet(archive, out / "data" / name, sites, rows[first : first + height], on_part, sizes)
     card = _CARD.format(sites=", ".join(sites), n_rows=len(rows), digest=archive.plan.digest)
     write_file(out / "README.md", [card.encode()])
 
@@ -162,7 +176,9 @@ Activations of {sites}: {n_rows:,} rows, as float32, exported from a Residua arc
 """
 
 
-def _safetensors(archive: Archive, out: Path, sites: Sequence[str], rows: _Numbers, on_row: _Progress) -> None:
+def _safetensors(
+    archive: Archive, out: Path, sites: Sequence[str], rows: _Numbers, on_row: _Progress, sizes: _Sizes
+) -> None:
     columns = ["row", *_ROW_COLUMNS, *sites]
     header: dict[str, Any] = {"__metadata__": {"plan": archive.plan.digest}}
     at = 0
@@ -178,12 +194,12 @@ def _safetensors(archive: Archive, out: Path, sites: Sequence[str], rows: _Numbe
     def buffers() -> Iterator[Any]:
         yield struct.pack("<Q", len(text)) + text
         for name in columns:
-            yield from _values(archive, name, rows, _stored_dtype(archive, name), on_row)
+            yield from _values(archive, name, rows, _stored_dtype(archive, name), on_row, sizes)
 
     write_file(out, buffers())
 
 
-def _npy(archive: Archive, out: Path, sites: Sequence[str], rows: _Numbers, on_row: _Progress) -> None:
+def _npy(archive: Archive, out: Path, sites: Sequence[str], rows: _Numbers, on_row: _Progress, sizes: _Sizes) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name in ["row", *_ROW_COLUMNS, *sites]:
         dtype = _stored_dtype(archive, name)
@@ -195,7 +211,7 @@ def _npy(archive: Archive, out: Path, sites: Sequence[str], rows: _Numbers, on_r
 
         def buffers(name: str = name, head: BytesIO = head, dtype: np.dtype[Any] = dtype) -> Iterator[Any]:
             yield head.getvalue()
-            yield from _values(archive, name, rows, dtype, on_row)
+            yield from _values(archive, name, rows, dtype, on_row, sizes)
 
         write_file(out / f"{name.replace('/', '_')}.npy", buffers())
 
@@ -211,12 +227,12 @@ def _stored_dtype(archive: Archive, name: str) -> np.dtype[Any]:
 
 
 def _values(
-    archive: Archive, name: str, rows: _Numbers, dtype: np.dtype[Any], on_row: _Progress
+    archive: Archive, name: str, rows: _Numbers, dtype: np.dtype[Any], on_row: _Progress, sizes: _Sizes
 ) -> Iterator[npt.NDArray[Any]]:
     """Yield one column of the rows in batches, of a dtype, as bytes."""
     is_site = name in archive.sites
     array = archive[name] if is_site else None if name == "row" else getattr(archive.rows, name)
-    height = max(1, _BATCH_BYTES // (_row_bytes(archive, [name]) if is_site else 8))
+    height = max(1, sizes.batch // (_row_bytes(archive, [name]) if is_site else 8))
     for start in range(0, len(rows), height):
         numbers = rows[start : start + height]
         found = numbers if array is None else array.numpy(numbers, dtype=dtype)
@@ -225,7 +241,7 @@ def _values(
             on_row(start + len(numbers), len(rows))
 
 
-_WRITERS: dict[ExportFormat, Callable[[Archive, Path, Sequence[str], _Numbers, _Progress], None]] = {
+_WRITERS: dict[ExportFormat, Callable[[Archive, Path, Sequence[str], _Numbers, _Progress, _Sizes], None]] = {
     "parquet": _parquet,
     "hf": _hf,
     "safetensors": _safetensors,

@@ -22,9 +22,9 @@ from residua.pipelines.data.tokenizer import special_ids
 from residua.store.base.canonical import Json, digest_of
 
 _PACKAGES = ("residua", "transformers", "tokenizers", "datasets", "pyarrow", "numpy")
-_SETTLED_NS = (
-    2 * 10**9
-)  # a file that changed this short before it was read may change again within one tick of its clock
+SETTLED_SECONDS = 2
+"""A file that changed this short before it was read may change again within one tick of its clock."""
+
 _SAMPLE = "A sample: 12 ducks\n\tdon't fly – 鴨は飛ばない. <s></s> "
 _ATTRIBUTES = ("chat_template", "split_special_tokens", "add_bos_token", "add_eos_token", "special_tokens_map")
 
@@ -45,7 +45,7 @@ class Reading:
 
     def held(self, source: object, settings: DatasetSettings, began_ns: int) -> bool:
         """Return whether this is what was read from `began_ns` until now, and a later change has another digest."""
-        return self.changed_ns < began_ns - _SETTLED_NS and _content(source, settings) == (
+        return self.changed_ns < began_ns - SETTLED_SECONDS * 10**9 and _content(source, settings) == (
             self.content,
             self.changed_ns,
         )

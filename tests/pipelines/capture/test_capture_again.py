@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import residua
 from residua.pipelines.capture import dataset_job
 from residua.pipelines.capture.capture import capture_dataset
 from residua.pipelines.cli.main import main
-from residua.pipelines.data import reading
+from residua.pipelines.data.reading import SETTLED_SECONDS
 from residua.store.base.errors import DatasetError, PlanError, UnknownSiteError
 from tests.models.tiny import TINY
 from tests.pipelines.small_capture import capture
@@ -209,7 +210,7 @@ def test_a_dataset_that_did_not_change_is_not_read_again(
     """Neither by a finished capture nor by one that was stopped; and if it changed, it is."""
     path, options = tmp_path / "data.jsonl", {"sites": "resid_post.*", "max_tokens": 150}
     path.write_text("".join(json.dumps({"input_ids": ids}) + "\n" for ids in tokens))
-    monkeypatch.setattr(reading, "_SETTLED_NS", -(10**12))
+    time.sleep(SETTLED_SECONDS + 0.1)
     expected = capture(llama, path, tmp_path / "expected.zarr", **options)
 
     def stop(stats: Any) -> None:

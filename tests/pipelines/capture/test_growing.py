@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from residua.capture.recording.stats import RecordStats
 from residua.pipelines.capture import dataset_job, growing
 from residua.pipelines.capture.add_sites import add_sites
 from residua.pipelines.capture.result import CaptureResult
-from residua.pipelines.data import reading
+from residua.pipelines.data.reading import SETTLED_SECONDS
 from residua.pipelines.setup.capture_settings import CaptureSettings
 from residua.pipelines.setup.models import load_model, load_tokenizer
 from residua.store.base.errors import DatasetError, PlanError
@@ -130,8 +131,8 @@ def test_texts_of_a_file_grow_and_are_not_read_again(tmp_path: Path, monkeypatch
     rng = np.random.default_rng(8)
     texts = [" ".join(rng.choice(WORDS, size).tolist()) for size in rng.integers(0, 30, 400)]
     dataset = tmp_path / "texts.jsonl"
-    monkeypatch.setattr(reading, "_SETTLED_NS", -(10**15))  # the file is new
     dataset.write_text("".join(json.dumps({"text": text, "n": i}) + "\n" for i, text in enumerate(texts)))
+    time.sleep(SETTLED_SECONDS + 0.1)
     options: dict[str, Any] = {"tokenizer": tokenizer, "max_length": 24, "drop_special": True}
     capture(model, str(dataset), tmp_path / "whole.zarr", **options, grow=False)
     grown = capture(model, str(dataset), tmp_path / "grown.zarr", **options)
@@ -364,9 +365,9 @@ def test_sites_are_added_over_the_examples_that_are_known(
 def test_sites_are_added_without_reading_what_did_not_change(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "_SETTLED_NS", -(10**15))  # the file is new
     dataset = tmp_path / "rows.jsonl"
     dataset.write_text("".join(json.dumps(row) + "\n" for row in make_rows()))
+    time.sleep(SETTLED_SECONDS + 0.1)
     first = capture(model, str(dataset), tmp_path / "a.zarr")
     monkeypatch.setattr(dataset_job, "read_examples", None)
     settings = CaptureSettings(sites="resid_post.0")

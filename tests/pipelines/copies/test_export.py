@@ -1,5 +1,6 @@
 """Exported rows, read with the programs that they are for."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors import safe_open
 
+import residua
 from residua.pipelines.cli.main import main
-from residua.pipelines.copies import export as module
-from residua.pipelines.copies.export import VECTOR, export
+from residua.pipelines.copies.export import VECTOR
 from residua.store.base.errors import PlanError
 from residua.store.read.archive import Archive
 from tests.store.small_archive import N_ROWS, make_archive
@@ -24,10 +25,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Archive:
     return Archive(make_archive(tmp_path_factory.mktemp("source") / "a.zarr"))
 
 
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BATCH_BYTES", 2000)
-    monkeypatch.setattr(module, "_PART_BYTES", 3000)
+export = partial(residua.export, batch_bytes=2000, part_bytes=3000)
 
 
 def keep_of(archive: Archive, rows: str | None) -> Any:
