@@ -1,6 +1,7 @@
 import struct
 import sys
 import threading
+from importlib import import_module
 from typing import Any
 
 import google_crc32c
@@ -9,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numcodecs import blosc
 from numcodecs.blosc import decompress
 
 from residua.store.base.errors import PlanError
@@ -187,6 +187,7 @@ def test_altered_zstd_plane_is_refused() -> None:
 
 def encoding_lock() -> Any:
     """Return the lock under which numcodecs encodes; before 0.17 it is made when it is first asked for."""
+    blosc: Any = import_module("numcodecs.blosc")
     return blosc.get_mutex() if hasattr(blosc, "get_mutex") else blosc._MUTEX
 
 
