@@ -6,7 +6,6 @@ import hmac
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from email.utils import formatdate
@@ -14,12 +13,11 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 from tests.servers.clouds import CloudServer
-from tests.servers.s3 import free_ports
+from tests.servers.processes import SECONDS, await_answer, free_ports
 
 COMMAND = "azurite-blob"
 ACCOUNT = "devstoreaccount1"
 KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="  # the documented one
-SECONDS = 60
 _VERSION = "2021-08-06"
 
 
@@ -38,24 +36,12 @@ def serving_azurite(folder: Path) -> Iterator[CloudServer]:
     cloud = CloudServer("az", options={"endpoint": endpoint, "account_name": ACCOUNT, "account_key": KEY})
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
-            _await(port, process)
+            await_answer(process, lambda: socket.create_connection(("127.0.0.1", port), 1).close(), "Azurite")
             _make_container(endpoint, cloud.bucket)
             yield cloud
         finally:
             process.kill()
             process.wait(timeout=SECONDS)
-
-
-def _await(port: int, process: subprocess.Popen[bytes]) -> None:
-    until = time.monotonic() + SECONDS
-    while time.monotonic() < until and process.poll() is None:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-        except OSError:
-            time.sleep(0.1)
-        else:
-            return
-    raise AssertionError("Azurite did not start")
 
 
 def _make_container(endpoint: str, name: str) -> None:

@@ -3,18 +3,16 @@
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import boto3
 
-from tests.servers.s3 import S3Server, free_ports
+from tests.servers.processes import SECONDS, await_answer, free_ports
+from tests.servers.s3 import S3Server
 
-SECONDS = 60
 RIGHTS = {"writer": ["s3:*"], "reader": ["s3:GetObject", "s3:ListBucket"], "nobody": ["s3:DeleteBucket"]}
 
 
@@ -26,7 +24,7 @@ def serving_moto() -> Iterator[Mapping[str, S3Server]]:
     words = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
-            _await(endpoint, process)
+            await_answer(process, lambda: _post(f"{endpoint}/moto-api/reset", b""), "moto")
             users = {name: _user(endpoint, name, actions) for name, actions in RIGHTS.items()}
             _client(endpoint, "s3").create_bucket(Bucket=S3Server.bucket)
             _post(f"{endpoint}/moto-api/reset-auth", b"0")  # from here on, each request needs its user's rights
@@ -61,15 +59,3 @@ def _client(endpoint: str, service: str) -> Any:
 def _post(url: str, data: bytes) -> None:
     headers = {"Content-Type": "text/plain"}  # else it is taken for a form
     urlopen(Request(url, data=data, headers=headers, method="POST"), timeout=10).close()  # noqa: S310
-
-
-def _await(endpoint: str, process: subprocess.Popen[bytes]) -> None:
-    until = time.monotonic() + SECONDS
-    while time.monotonic() < until and process.poll() is None:
-        try:
-            _post(f"{endpoint}/moto-api/reset", b"")
-        except (URLError, OSError):
-            time.sleep(0.1)
-        else:
-            return
-    raise AssertionError("moto did not start")

@@ -1,18 +1,15 @@
 """SeaweedFS, a real S3 server, on loopback."""
 
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 from urllib.request import Request, urlopen
 
-SECONDS = 90
+from tests.servers.processes import SECONDS, await_answer, free_ports
 
 
 @dataclass(frozen=True)
@@ -42,18 +39,6 @@ class S3Server:
         return f"s3://{self.bucket}/{name}"
 
 
-def free_ports(n: int) -> list[int]:
-    """Return ports that nothing listens on."""
-    sockets = [socket.socket() for _ in range(n)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
-
-
 @contextmanager
 def serving_s3(folder: Path, *, n_volumes: int = 8) -> Iterator[S3Server]:
     """Run a server that keeps its data in `folder`, at most `n_volumes` of 64 MiB, while the context lasts."""
@@ -66,7 +51,7 @@ def serving_s3(folder: Path, *, n_volumes: int = 8) -> Iterator[S3Server]:
     endpoint = f"http://127.0.0.1:{ports['s3.port']}"
     with (folder / "log").open("wb") as log, subprocess.Popen(words, stdout=log, stderr=log) as process:
         try:
-            _await(endpoint, process)
+            await_answer(process, lambda: _make_ready(endpoint), "the S3 server, whose log is in its folder,")
             options = {
                 "endpoint": endpoint,
                 "region": "us-east-1",
@@ -79,15 +64,7 @@ def serving_s3(folder: Path, *, n_volumes: int = 8) -> Iterator[S3Server]:
             process.wait(timeout=SECONDS)
 
 
-def _await(endpoint: str, process: subprocess.Popen[bytes]) -> None:
-    """Wait until the server has made the bucket and takes objects, which comes some seconds after it listens."""
-    until = time.monotonic() + SECONDS
-    while time.monotonic() < until and process.poll() is None:
-        try:
-            for place in ("/acts", "/acts/ready"):
-                urlopen(Request(endpoint + place, data=b"", method="PUT"), timeout=10).close()  # noqa: S310
-        except (URLError, OSError):
-            time.sleep(0.2)
-        else:
-            return
-    raise AssertionError("the S3 server did not start; its log is in its folder")
+def _make_ready(endpoint: str) -> None:
+    """Make the bucket, and an object in it: some seconds after the server listens it takes both."""
+    for place in ("/acts", "/acts/ready"):
+        urlopen(Request(endpoint + place, data=b"", method="PUT"), timeout=10).close()  # noqa: S310
