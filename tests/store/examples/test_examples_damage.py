@@ -106,9 +106,12 @@ class TestDamage:
                 (stored, *_) = read_parts(tmp_path)
                 assert path.stat().st_size < 10_000
                 if is_read:
-                    found = read_columns(stored, [name], most_bytes=10_000)
-                    assert found[name].to_pylist()[: len(part)] == column.to_pylist()
-                    assert found.schema.field(name).type == column.type
+                    for found in (
+                        read_columns(stored, [name], most_bytes=10_000),
+                        ExampleTable(tmp_path).table([name]),
+                    ):
+                        assert found[name].to_pylist()[: len(part)] == column.to_pylist()
+                        assert found.schema.field(name).type == column.type
                 else:
                     with pytest.raises(UnsafeArchiveError, match=r"part-00000.parquet: .*bytes of texts"):
                         read_columns(stored, [name], most_bytes=10_000)

@@ -353,6 +353,9 @@ def test_pages_of_any_size_are_read(tmp_path: Path) -> None:
         assert HEADER.unpack_from((path / INDEX).read_bytes())[1] == page_bytes
         assert {shard: index_of(path)[shard] for shard in range(N_SHARDS)} == expected
         assert verify(path).problems == []
+    pack(path)  # in place of the index that is there
+    assert {shard: index_of(path)[shard] for shard in range(N_SHARDS)} == expected
+    assert verify(path).problems == []
 
 
 def test_sealing_keeps_what_others_wrote_and_the_digests_that_are_known(tmp_path: Path) -> None:
