@@ -34,6 +34,7 @@ MOST_BLOCKS = 4096  # the deepest models have some hundreds
 _BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")  # keys of a model's config
 _DECODER_COUNTS = ("num_decoder_layers", "decoder_layers")  # of an encoder-decoder
 _MOST_CONFIG_BYTES = 2**24
+CHUNK_ROWS = 128
 _MOST_SITE_BYTES = 2**28  # rows of one site in memory at a time
 
 Rows = npt.NDArray[np.int64]
@@ -149,7 +150,7 @@ class LensRows:
         settings: LensSettings,
         *,
         held_out: npt.NDArray[np.uint8] | None = None,
-        chunk_rows: int = 128,
+        chunk_rows: int = CHUNK_ROWS,
     ) -> None:
         self._archive = archive
         self.settings = settings

@@ -38,7 +38,7 @@ from residua.analysis.lens.lens_settings import LensSettings
 from residua.analysis.lens.lm_head import LMHead, load_lm_head
 from residua.analysis.lens.refine import refine, refine_bytes
 from residua.analysis.lens.ridge import Gram, Ridge, add_rows, fit_bytes, solve_ridge
-from residua.analysis.lens.rows import LensPoints, LensRows, lens_points
+from residua.analysis.lens.rows import CHUNK_ROWS, LensPoints, LensRows, lens_points
 from residua.analysis.lens.unembedding import Decoder
 from residua.analysis.support.cluster import Cluster
 from residua.analysis.support.device import checked_device
@@ -203,7 +203,7 @@ class LensTraining:
         rows_per_part: int = 100_000,
         sums_share: int = 16,
         origin_chunks: int = 8,
-        chunk_rows: int = 128,
+        chunk_rows: int = CHUNK_ROWS,
     ) -> None:
         self._archive = opened(location(archive))
         self._cluster = cluster

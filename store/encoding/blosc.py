@@ -6,8 +6,8 @@ highest plane is compressed by zstd, with settings that search for almost no mat
 are unless a sample shows that they would shrink. A frame in which nothing shrinks is Blosc's plain copy. Format:
 c-blosc `README_CHUNK_FORMAT.rst`, version 2.
 
-Every length in a frame is compared here before c-blosc decodes it. numcodecs encodes under a semaphore that forked
-processes share, so that a killed worker could block all others; it decodes under none.
+Every length in a frame is compared here before c-blosc decodes it. Before version 0.17, numcodecs encodes
+under a semaphore that forked processes share, so that a killed worker could block all others; it decodes under none.
 """
 
 import struct

@@ -20,7 +20,7 @@ from residua.store.read.remote_archive import RemoteArchive
 from residua.store.sharing.card import CARD, MAX_CARD_BYTES, Licences, is_own, make_card
 from residua.store.sharing.copied import N_AT_ONCE, BytesDone, Copied, is_part_of, refuse_lost_side_tables
 from residua.store.sharing.croissant import CROISSANT
-from residua.store.sharing.hub_client import USUAL_SIZES, HubSizes, Source, There, grouped, target_at
+from residua.store.sharing.hub_client import HubSizes, Source, There, grouped, target_at
 from residua.store.storage.address import HubPlace, hub_place
 from residua.store.storage.hub import folder_at
 from residua.store.storage.objects import in_parallel
@@ -55,7 +55,7 @@ class HubPush:
         check: Callable[[str], None],
         storage_options: Mapping[str, Any],
         root: bytes,
-        sizes: HubSizes = USUAL_SIZES,
+        sizes: HubSizes,
     ) -> None:
         self._archive, self._check, self._options, self._sizes = archive, check, storage_options, sizes
         self.place = hub_place(address)

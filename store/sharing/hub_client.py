@@ -134,7 +134,7 @@ class HubTarget(ABC):
     says_content: ClassVar[bool]
     """Whether `There` says what a file holds, and not its size alone."""
 
-    def __init__(self, place: HubPlace, options: Mapping[str, Any], sizes: HubSizes = USUAL_SIZES) -> None:
+    def __init__(self, place: HubPlace, options: Mapping[str, Any], sizes: HubSizes) -> None:
         self.place = place
         self._sizes = sizes
         self.page = f"{hub_endpoint(options)}{place.page}"
@@ -278,7 +278,7 @@ class HubBucket(HubTarget):
 
     says_content = False
 
-    def __init__(self, place: HubPlace, options: Mapping[str, Any], sizes: HubSizes = USUAL_SIZES) -> None:
+    def __init__(self, place: HubPlace, options: Mapping[str, Any], sizes: HubSizes) -> None:
         super().__init__(place, options, sizes)
         if not hasattr(self._api, "batch_bucket_files"):
             raise StorageError(
@@ -309,7 +309,7 @@ class HubBucket(HubTarget):
         _again(lambda: self._api.batch_bucket_files(self.place.repository, add=list(files)))
 
 
-def target_at(place: HubPlace, options: Mapping[str, Any], sizes: HubSizes = USUAL_SIZES) -> HubTarget:
+def target_at(place: HubPlace, options: Mapping[str, Any], sizes: HubSizes) -> HubTarget:
     """Return the place on the Hub to which files are sent."""
     return (HubBucket if place.kind == "buckets" else HubRepository)(place, options, sizes)
 

@@ -17,7 +17,7 @@ import torch
 from residua.analysis.lens.lens import TunedLens
 from residua.analysis.lens.lens_settings import LensSettings
 from residua.analysis.lens.ridge import fit_bytes
-from residua.analysis.lens.rows import LensRows
+from residua.analysis.lens.rows import CHUNK_ROWS, LensRows
 from residua.analysis.lens.train import LensTraining
 from residua.analysis.support.cluster import Cluster, connect
 from residua.store.base.errors import AnalysisError
@@ -113,7 +113,7 @@ def fit_on(
     *,
     rows_per_part: int = 100_000,
     sums_share: int = 16,
-    chunk_rows: int = 128,
+    chunk_rows: int = CHUNK_ROWS,
     **options: Any,
 ) -> bytes:
     training = LensTraining(
